@@ -1,0 +1,52 @@
+"""What the user asked for, validated: pure data, every value in one unit (bytes, counts)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One host folder in the guest."""
+
+    source: Path
+    target: PurePosixPath
+    writable: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"source": str(self.source), "target": str(self.target), "writable": self.writable}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Mount:
+        return cls(Path(data["source"]), PurePosixPath(data["target"]), bool(data["writable"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One profile's settings with every default filled in; fields are the rows of `qvm.config.settings`."""
+
+    profile: str
+    cpus: int
+    memory: int
+    """Bytes."""
+    disk: int
+    """Data disk, bytes; grows only."""
+    root_disk: int
+    """Root overlay, bytes; grows only."""
+    arch: str
+    """`qvm.arch.Arch.name`."""
+    runtime: str
+    accel: str
+    """auto, kvm, hvf or tcg."""
+    image: str
+    """Catalogue or recipe name."""
+    hostname: str
+    mounts: tuple[Mount, ...] = ()
+    dns: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    ssh_port: int = 0
+    """0: any free port."""
+    activate: bool = True
+    """Whether start switches the docker context (and others a runtime has) to this instance."""

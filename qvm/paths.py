@@ -1,0 +1,62 @@
+"""Where things live: the folders a user may move by environment variables, and the files that ship with qvm."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qvm.errors import HostError
+
+
+def home() -> Path:
+    """`QVM_HOME` or ~/.qvm: profiles, instances, data disks."""
+    return Path(os.environ.get("QVM_HOME") or Path.home() / ".qvm").expanduser().absolute()
+
+
+def cache_home() -> Path:
+    """`QVM_CACHE_HOME` or $XDG_CACHE_HOME/qvm: images, packages, downloads, probe results. Safe to delete."""
+    explicit = os.environ.get("QVM_CACHE_HOME")
+    if explicit:
+        return Path(explicit).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").expanduser().absolute() / "qvm"
+
+
+def profile_dir(profile: str) -> Path:
+    """What users look at: the profile file and the sockets."""
+    return home() / profile
+
+
+def instances_dir() -> Path:
+    return home() / "_instances"
+
+
+def instance_dir(profile: str) -> Path:
+    """What qvm keeps for one instance."""
+    return instances_dir() / profile
+
+
+def data_dir() -> Path:
+    """Data disks, which survive `delete`."""
+    return home() / "_data"
+
+
+def share_dir(name: str) -> Path:
+    """A folder that ships with qvm: "images" or "cloud-init"; from a checkout and from a wheel alike."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package.parent / name, package.parent / "qvm_share" / name):
+        if candidate.is_dir():
+            return candidate
+    raise HostError(f"qvm's own folder {name!r} is missing from this installation",
+                    hint="reinstall qvm: pip install --force-reinstall qvm")
+
+
+def ensure_private_dir(path: Path) -> Path:
+    """Make `path` with mode 0700 (parents too) and return it; HostError where the host refuses."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.chmod(0o700)
+    except OSError as error:
+        raise HostError(f"cannot write to {path}: {error.strerror}",
+                        hint="set QVM_HOME and QVM_CACHE_HOME to folders you can write to") from error
+    return path

@@ -1,0 +1,236 @@
+"""The only door to other programs: run one, stream one, leave one behind, recognise it again, end it.
+
+A pid alone names nothing (it is reused, and a reboot forgets it), so a process is remembered by `Identity`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from qvm.errors import DeadlineError, HostError, QvmError
+from qvm.wait import Deadline, wait_until
+
+
+class CommandError(QvmError):
+    """A program on the host failed; `details` ends with its last lines."""
+
+    code = "command"
+
+    def __init__(self, argv: Sequence[str], returncode: int, output: str) -> None:
+        tail = "\n".join(output.strip().splitlines()[-15:])
+        how = f"exit code {returncode}" if returncode >= 0 else f"signal {-returncode}"
+        super().__init__(f"{Path(argv[0]).name} failed with {how}", details=tail or None)
+        self.argv = list(argv)
+        self.returncode = returncode
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def text(self) -> str:
+        return self.stdout.decode(errors="replace")
+
+
+def _strings(argv: Sequence[str | os.PathLike[str]]) -> list[str]:
+    return [os.fspath(word) for word in argv]
+
+
+def _missing(argv: list[str]) -> HostError:
+    return HostError(f"the program {argv[0]!r} is not installed")
+
+
+def run(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    input: bytes | None = None,
+    timeout: float | None = None,
+    check: bool = True,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Completed:
+    """Run a program to its end with its output captured.
+
+    `env` is laid over the own environment. Raises CommandError on a non-zero exit when `check`, HostError when
+    the program is missing, DeadlineError after `timeout` seconds (the program is killed).
+    """
+    words = _strings(argv)
+    try:
+        done = subprocess.run(
+            words, input=input, capture_output=True, timeout=timeout, cwd=cwd, check=False,
+            stdin=subprocess.DEVNULL if input is None else None,
+            env=None if env is None else {**os.environ, **env},
+        )
+    except FileNotFoundError as error:
+        raise _missing(words) from error
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineError(f"{Path(words[0]).name} did not end within {timeout:g} s") from error
+    if check and done.returncode != 0:
+        raise CommandError(words, done.returncode, (done.stderr or done.stdout).decode(errors="replace"))
+    return Completed(done.returncode, done.stdout, done.stderr)
+
+
+def stream(
+    argv: Sequence[str | os.PathLike[str]],
+    on_line: Callable[[str], None],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    log: IO[bytes] | None = None,
+) -> None:
+    """Run a program, handing each line of its merged output to `on_line` as it comes (and to `log`).
+
+    The program gets a session of its own and is ended with its children when the caller is interrupted.
+    Raises CommandError with the last lines on failure.
+    """
+    words = _strings(argv)
+    try:
+        child = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd,
+            env=None if env is None else {**os.environ, **env}, start_new_session=True,
+        )
+    except FileNotFoundError as error:
+        raise _missing(words) from error
+    tail: list[str] = []
+    try:
+        assert child.stdout is not None
+        for raw in child.stdout:
+            if log is not None:
+                log.write(raw)
+            line = raw.decode(errors="replace").rstrip()
+            tail = [*tail[-40:], line]
+            on_line(line)
+        child.wait()
+    except BaseException:
+        end_session(child)
+        raise
+    if child.returncode != 0:
+        raise CommandError(words, child.returncode, "\n".join(tail))
+
+
+def end_session(child: subprocess.Popen[bytes], *, grace: float = 5.0) -> None:
+    """End a program started in a session of its own, and all its children: SIGTERM, then SIGKILL after `grace` s."""
+    for signum, patience in ((signal.SIGTERM, grace), (signal.SIGKILL, grace)):
+        try:
+            os.killpg(child.pid, signum)
+        except ProcessLookupError:
+            break
+        try:
+            child.wait(patience)
+        except subprocess.TimeoutExpired:
+            continue
+    child.wait()
+
+
+def spawn_detached(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a program that outlives us: own session, no terminal, both outputs appended to `log` (0600)."""
+    words = _strings(argv)
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True, cwd="/",
+            env=None if env is None else {**os.environ, **env}, pass_fds=tuple(pass_fds),
+        )
+    except FileNotFoundError as error:
+        raise _missing(words) from error
+    finally:
+        os.close(fd)
+
+
+def replace(argv: Sequence[str | os.PathLike[str]]) -> None:
+    """Become another program (execvp); returns only by raising HostError."""
+    words = _strings(argv)
+    try:
+        os.execvp(words[0], words)
+    except OSError as error:
+        raise HostError(f"cannot run {words[0]!r}: {error.strerror}") from error
+
+
+def call(argv: Sequence[str | os.PathLike[str]], *, env: Mapping[str, str] | None = None) -> int:
+    """Run a program on our own terminal and return its exit code (128 + n for signal n)."""
+    words = _strings(argv)
+    try:
+        code = subprocess.call(words, env=None if env is None else {**os.environ, **env})
+    except FileNotFoundError as error:
+        raise _missing(words) from error
+    return code if code >= 0 else 128 - code
+
+
+def find_program(name: str, *extra: Path) -> Path | None:
+    """The program `name` on PATH, in the system folders PATH may lack (/usr/sbin), or in `extra` folders."""
+    folders = [os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin", "/opt/homebrew/bin"]
+    found = shutil.which(name, path=os.pathsep.join([*map(os.fspath, extra), *folders]))
+    return Path(found) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What makes a process the one we started: pid, start time (seconds since the epoch), a word of its argv."""
+
+    pid: int
+    started: float
+    marker: str
+    """A string that stands in its command line, such as the instance's UUID."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"pid": self.pid, "started": self.started, "marker": self.marker}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Identity:
+        return cls(int(data["pid"]), float(data["started"]), str(data["marker"]))
+
+
+def identify(pid: int, marker: str) -> Identity:
+    """The identity of a process that runs now; HostError where it has gone already."""
+    import psutil
+
+    try:
+        return Identity(pid, psutil.Process(pid).create_time(), marker)
+    except psutil.Error as error:
+        raise HostError(f"process {pid} ended at once") from error
+
+
+def is_alive(identity: Identity) -> bool:
+    """Whether that very process still runs (a zombie does not)."""
+    import psutil
+
+    try:
+        process = psutil.Process(identity.pid)
+        if abs(process.create_time() - identity.started) > 1.5 or process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return any(identity.marker in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def kill(identity: Identity, signum: int = signal.SIGTERM) -> None:
+    """Send a signal to that very process; nothing happens where it has gone or its pid belongs to another."""
+    if is_alive(identity):
+        try:
+            os.kill(identity.pid, signum)
+        except ProcessLookupError:
+            return
+
+
+def wait_gone(identity: Identity, deadline: Deadline) -> bool:
+    """Whether that process has ended before the deadline."""
+    try:
+        return wait_until(lambda: not is_alive(identity), deadline)
+    except DeadlineError:
+        return False

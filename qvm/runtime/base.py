@@ -1,0 +1,115 @@
+"""The contract of a runtime plugin: what qvm asks of docker, containerd and whatever comes.
+
+A plugin is a subclass of `Runtime`, found through the entry-point group `qvm.runtimes` (its entry-point name is the
+word users type after `--runtime`). It imports `qvm.runtime.*`, `qvm.errors` and nothing else of qvm. Guest work goes
+through `Guest`; host work (contexts, configuration files) happens in `activate` and `deactivate`.
+
+Order of calls at a start: `provision` (every start, idempotent), `start`, then `ready` until it returns True, then,
+once the host sockets answer, `activate`. At a stop: `deactivate`, `stop`. At a delete: `teardown`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    exit_code: int
+    """128 + n where signal n ended it."""
+    stdout: bytes
+    stderr: bytes
+
+
+class Guest(Protocol):
+    """Commands in the guest, as root, over the agent."""
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+        check: bool = True,
+    ) -> ExecResult:
+        """Run `argv` to its end; GuestCommandError on a non-zero exit when `check`, DeadlineError after `timeout` s."""
+
+    async def write_file(self, path: PurePosixPath, data: bytes, *, mode: int = 0o644) -> bool:
+        """Write a file atomically, parents made; True where the content or mode differed from before."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostSocket:
+    """A guest socket that the host gets at ~/.qvm/<profile>/<name>.sock."""
+
+    name: str
+    guest_path: PurePosixPath
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeContext:
+    """What a plugin may know of the instance it serves."""
+
+    profile: str
+    folder: Path
+    """~/.qvm/<profile>: where the host sockets are."""
+    state_folder: Path
+    """A host folder of this instance for the plugin's own small state files."""
+    user: str
+    """The user in the guest."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The profile file's section named like the runtime."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """The host's environment as far as it names configuration (DOCKER_CONFIG, HOME, KUBECONFIG)."""
+
+    def host_socket(self, name: str) -> Path:
+        return self.folder / f"{name}.sock"
+
+
+class Runtime(ABC):
+    """One runtime. Instances carry no state: everything lives in the guest or in `state_folder`."""
+
+    name: str
+    summary: str
+    """One line for help texts."""
+    sockets: tuple[HostSocket, ...] = ()
+    data_folders: tuple[PurePosixPath, ...] = ()
+    """Guest folders that live on the data disk and so survive `delete`."""
+    commands: Mapping[str, Sequence[str]] = {}
+    """Client programs to run in the guest: the word users type -> its argv prefix (e.g. nerdctl)."""
+    start_timeout: float = 180.0
+    """Seconds that `ready` may take after `start`; generous, for software emulation."""
+
+    @abstractmethod
+    async def provision(self, guest: Guest, context: RuntimeContext) -> None:
+        """Install and configure; does nothing where nothing is missing."""
+
+    @abstractmethod
+    async def start(self, guest: Guest, context: RuntimeContext) -> None:
+        """Start the services; returns without waiting for them to answer."""
+
+    @abstractmethod
+    async def ready(self, guest: Guest, context: RuntimeContext) -> bool:
+        """Whether the runtime answers; waits in the guest rather than being asked often (up to ~5 s a call)."""
+
+    @abstractmethod
+    async def stop(self, guest: Guest, context: RuntimeContext) -> None:
+        """Stop the services, containers included."""
+
+    @abstractmethod
+    async def version(self, guest: Guest, context: RuntimeContext) -> str:
+        """One line, e.g. "docker 26.1.5"."""
+
+    async def teardown(self, guest: Guest, context: RuntimeContext) -> None:
+        """Remove what `provision` made; the data folders stay."""
+
+    def activate(self, context: RuntimeContext, *, switch: bool) -> None:
+        """Publish to the host's clients (contexts); `switch` makes it the current one, remembering what was."""
+
+    def deactivate(self, context: RuntimeContext, *, remove: bool) -> None:
+        """Undo the switch; `remove` (at a delete) takes the published entry away. Touches nothing of the user's."""
