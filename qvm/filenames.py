@@ -43,6 +43,20 @@ class Files:
         return self.folder / "instance.json"
 
     @property
+    def run(self) -> Path:
+        """Which process serves the instance now; the supervisor's."""
+        return self.folder / "run.json"
+
+    @property
+    def supervisor_lock(self) -> Path:
+        return self.folder / "supervisor.lock"
+
+    @property
+    def runtime_state(self) -> Path:
+        """Small files of the runtime plugin, such as the docker context that was current before."""
+        return self.folder / "runtime"
+
+    @property
     def root_disk(self) -> Path:
         return self.folder / "root.qcow2"
 
