@@ -16,13 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class ExecResult:
-    exit_code: int
-    """128 + n where signal n ended it."""
-    stdout: bytes
-    stderr: bytes
+from qvm.execresult import ExecResult as ExecResult
 
 
 class Guest(Protocol):
