@@ -21,6 +21,9 @@ class Progress(Protocol):
     def step(self, name: str, *, total: int | None = None, unit: str = "") -> AbstractContextManager[Step]:
         """Announce a step; it is done when the block ends, failed when it raises. `unit`: "B" for bytes."""
 
+    def milestone(self, name: str, state: str, seconds: float) -> None:
+        """A named requirement of a start reached `state` (waiting, done, failed) after `seconds`."""
+
     def note(self, line: str) -> None:
         """One line the user should see whatever else is drawn (a fallback taken, a default left out)."""
 
@@ -37,5 +40,7 @@ class NullProgress:
     @contextmanager
     def step(self, name: str, *, total: int | None = None, unit: str = "") -> Iterator[Step]:
         yield _NullStep()
+
+    def milestone(self, name: str, state: str, seconds: float) -> None: ...
 
     def note(self, line: str) -> None: ...

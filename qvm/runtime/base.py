@@ -76,6 +76,8 @@ class Runtime(ABC):
     """Guest folders that live on the data disk and so survive `delete`."""
     commands: Mapping[str, Sequence[str]] = {}
     """Client programs to run in the guest: the word users type -> its argv prefix (e.g. nerdctl)."""
+    units: tuple[str, ...] = ()
+    """systemd units in the guest whose journal `qvm logs runtime` shows."""
     start_timeout: float = 180.0
     """Seconds that `ready` may take after `start`; generous, for software emulation."""
 

@@ -1,0 +1,169 @@
+"""Everything a start needs on the host before QEMU: image, accelerator, keys, disks, seed, record."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+import time
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qvm import paths
+from qvm.arch import Arch, find_arch
+from qvm.config.model import Config
+from qvm.errors import HostError, PortTakenError, UsageError
+from qvm.filenames import Files, check_socket_path
+from qvm.guest.keys import ensure_key, known_hosts_text, ssh_config_text
+from qvm.image.disk import create_disk, create_overlay, disk_info, resize_disk
+from qvm.image.ensure import ensure_image
+from qvm.image.store import Image, find_image_by_id
+from qvm.instance.record import GuestUser, Record
+from qvm.instance.store import save_record
+from qvm.progress import Progress
+from qvm.qemu.accel import choose_accelerator
+from qvm.qemu.probe import probe_qemu
+from qvm.runtime.base import Runtime
+from qvm.runtime.registry import load_runtime
+from qvm.seed.iso import write_iso
+from qvm.seed.render import render_seed
+from qvm.supervisor.assemble import build_seed, mac_address
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    record: Record
+    notes: list[str]
+
+
+def check_host(profile: str, runtime: Runtime) -> None:
+    """What can be known to fail before anything is made: socket paths, folders that cannot be written."""
+    files = Files(profile)
+    for path in (*files.sockets(), *(files.host_socket(entry.name) for entry in runtime.sockets)):
+        check_socket_path(path)
+    for folder in (files.folder.parent, paths.data_dir(), paths.cache_home()):
+        paths.ensure_private_dir(folder)
+
+
+def prepare(config: Config, record: Record | None, *, progress: Progress) -> Prepared:
+    """Bring the host's side of an instance up to date; the caller holds the instance's lock.
+
+    What may fail without a trace (QEMU, image, accelerator, port) comes first; files of the instance are made last.
+    """
+    runtime = load_runtime(config.runtime)
+    check_host(config.profile, runtime)
+    arch = find_arch(config.arch)
+    if arch is None:
+        raise UsageError(f"unknown architecture {config.arch!r}")
+    features = probe_qemu(arch)
+    image = obtain_image(config, record, arch, progress=progress)
+    with progress.step("checking the accelerator"):
+        choice = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd)
+    notes = [choice.note] if choice.note else []
+    for note in notes:
+        progress.note(note)
+    record = replace(
+        record or new_record(config, image),
+        config=config,
+        image_id=image.id,
+        accel=choice.accel,
+        ssh_port=choose_ssh_port(config.ssh_port, record.ssh_port if record else 0),
+        notes=tuple(notes),
+    )
+    write_files(record, image, runtime)
+    return Prepared(record, notes)
+
+
+def obtain_image(config: Config, record: Record | None, arch: Arch, *, progress: Progress) -> Image:
+    """The image an instance was made from while its root disk lasts, else the current one of that name."""
+    if record is not None and Files(config.profile).root_disk.exists():
+        image = find_image_by_id(record.image_id)
+        if image is None:
+            raise HostError(
+                f"the image {record.image_id[:12]} that {config.profile!r} was made from is gone from the cache",
+                hint=f"`qvm delete {config.profile} -f` and start again; the data disk with containers is kept",
+            )
+        return image
+    return ensure_image(config.image, arch, progress=progress)
+
+
+def new_record(config: Config, image: Image) -> Record:
+    identifier = str(uuid.uuid4())
+    return Record(
+        uuid=identifier, config=config, image_id=image.id, mac=mac_address(identifier), user=guest_user(),
+        ssh_port=0, accel="", created=time.time(),
+    )
+
+
+def guest_user() -> GuestUser:
+    """The host user as the guest will know it.
+
+    The home is /home/<name>.guest, never the host's path: a mount of the host's home must not hide it.
+    """
+    uid = os.getuid()
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = "user"
+    home = "/root" if uid == 0 else f"/home/{name}.guest"
+    return GuestUser(name if uid else "root", uid, os.getgid(), home)
+
+
+def choose_ssh_port(wanted: int, last: int) -> int:
+    """The host port that reaches the guest's sshd: the wanted one, else the last one while free, else any."""
+    for candidate in (wanted, last) if wanted == 0 else (wanted,):
+        if candidate and _port_is_free(candidate):
+            return candidate
+    if wanted:
+        raise PortTakenError(f"port {wanted} on 127.0.0.1 is taken",
+                             hint="end what listens there, or choose another with --ssh-port (0: any free one)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def write_files(record: Record, image: Image, runtime: Runtime) -> None:
+    """Make or refresh the instance's folder; each step is idempotent, so an interrupted one is completed later."""
+    files = Files(record.config.profile)
+    for folder in (files.folder, files.ssh_folder, files.profile_folder, files.runtime_state):
+        paths.ensure_private_dir(folder)
+    ensure_key(files.ssh_key, comment=f"qvm-{record.config.profile}")
+    ensure_key(files.ssh_host_key, comment=record.config.hostname)
+    _write(files.known_hosts, known_hosts_text(record.config.profile, record.ssh_port, files.ssh_host_key))
+    _write(files.ssh_config, ssh_config_text(files, user=record.user.name, port=record.ssh_port))
+    save_record(record)
+    ensure_disks(record, image)
+    write_iso(render_seed(build_seed(record, runtime)), files.seed)
+
+
+def ensure_disks(record: Record, image: Image) -> None:
+    """Make the overlay and the data disk, or grow them; shrinking was refused when the settings were resolved."""
+    files = Files(record.config.profile)
+    if not files.root_disk.exists():
+        create_overlay(files.root_disk, backing=image.disk, backing_format=image.format, size=record.config.root_disk)
+    _grow(files.root_disk, record.config.root_disk)
+    if not files.data_disk.exists():
+        create_disk(files.data_disk, record.config.disk)
+    _grow(files.data_disk, record.config.disk)
+
+
+def _grow(path: Path, size: int) -> None:
+    if disk_info(path).virtual_size < size:
+        resize_disk(path, size)
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+        path.chmod(0o600)

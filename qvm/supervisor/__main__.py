@@ -1,0 +1,85 @@
+"""`python -m qvm.supervisor PROFILE`: the supervisor's process, started detached by `qvm.supervisor.launch`."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+from qvm import log as qvm_log
+from qvm.filenames import Files
+from qvm.supervisor.control import Handler, Send, serve_control
+from qvm.supervisor.core import Supervisor
+
+# How long the answer to the last request, and a failed start's reason, can be fetched before the process ends.
+LINGER = 0.3
+
+
+def handlers(supervisor: Supervisor) -> dict[str, Handler]:
+    async def status(request: dict[str, Any], send: Send) -> dict[str, Any]:
+        return supervisor.status()
+
+    async def watch(request: dict[str, Any], send: Send) -> dict[str, Any]:
+        """Stream events until the instance is ready, has failed or has stopped."""
+        async for event in supervisor.bus.watch():
+            await send(event)
+            if event["event"] in ("ready", "failed", "stopped"):
+                break
+        return {}
+
+    async def follow(request: dict[str, Any], send: Send) -> dict[str, Any]:
+        async for event in supervisor.bus.watch():
+            await send(event)
+        return {}
+
+    async def stop(request: dict[str, Any], send: Send) -> dict[str, Any]:
+        return {"how": await supervisor.stop(force=bool(request.get("force")))}
+
+    async def execute(request: dict[str, Any], send: Send) -> dict[str, Any]:
+        link = supervisor.require_link()
+        done = await link.channel.exec(
+            [str(word) for word in request["argv"]], check=False, timeout=float(request.get("exec_timeout", 60.0))
+        )
+        return {
+            "exit_code": done.exit_code,
+            "stdout": done.stdout.decode(errors="replace"),
+            "stderr": done.stderr.decode(errors="replace"),
+        }
+
+    return {"status": status, "watch": watch, "follow": follow, "stop": stop, "exec": execute}
+
+
+async def supervise(profile: str) -> None:
+    supervisor = Supervisor(profile)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(signum, lambda: asyncio.ensure_future(supervisor.leave()))
+    async with serve_control(supervisor.files.control_socket, handlers(supervisor)):
+        supervisor.begin()
+        await supervisor.finished.wait()
+        await asyncio.sleep(LINGER)
+
+
+def main() -> int:
+    profile = sys.argv[1]
+    qvm_log.configure(logging.DEBUG if os.environ.get("QVM_DEBUG") else logging.INFO)
+    logging.captureWarnings(capture=True)
+    # One supervisor per instance, whoever else was started in the same moment; the kernel frees the lock at our end.
+    lock = os.open(Files(profile).supervisor_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        qvm_log.get_logger(__name__).info("another supervisor serves this instance already")
+        return 0
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    asyncio.run(supervise(profile))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""The long-lived process of one instance: starts or adopts QEMU, makes it ready, serves it, and ends with it.
+
+    boot or adopt  ->  requirements  ->  sockets, context, "ready"  ->  wait for QEMU's end or a request
+                            |                                                  |
+                            +--- failed: QEMU ended, logs kept                 +--- stop: ladder, context restored
+
+A supervisor that is killed leaves QEMU running; the next command starts another one, which adopts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+from qvm.arch import find_arch
+from qvm.errors import InstanceStateError, NotReadyError, QvmError
+from qvm.filenames import Files
+from qvm.image.store import Image, load_image
+from qvm.instance.record import Record, Run
+from qvm.instance.store import clear_run, find_run, load_record, save_run
+from qvm.log import get_logger
+from qvm.qemu.machine import start_qemu, stop_qemu
+from qvm.qemu.monitor import Monitor
+from qvm.qemu.probe import probe_qemu
+from qvm.guest.requirements import wait_until_ready
+from qvm.runtime.base import Runtime, RuntimeContext
+from qvm.runtime.registry import load_runtime
+from qvm.supervisor.assemble import build_spec
+from qvm.supervisor.bus import Bus
+from qvm.supervisor.link import GuestLink
+from qvm.supervisor.ready import ReadyParts, build_requirements, with_serial
+
+log = get_logger(__name__)
+
+POWERDOWN_TIMEOUT = 90.0
+"""Seconds the guest gets to shut down by itself; containers may take their own grace time."""
+
+
+class Supervisor:
+    def __init__(self, profile: str) -> None:
+        self.profile = profile
+        self.files = Files(profile)
+        self.bus = Bus()
+        self.record: Record = load_record(profile)
+        self.image: Image = load_image(self.record.image_id)
+        self.runtime: Runtime = load_runtime(self.record.config.runtime)
+        self.context = runtime_context(self.record, self.runtime)
+        self.run: Run | None = None
+        self.monitor: Monitor | None = None
+        self.link: GuestLink | None = None
+        self.requirements: dict[str, str] = {}
+        self.phase = "starting"
+        self._life: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[str] | None = None
+        self.finished = asyncio.Event()
+
+    def begin(self) -> None:
+        self._life = asyncio.create_task(self._live(), name=f"life of {self.profile}")
+
+    async def _live(self) -> None:
+        try:
+            await self._obtain_qemu()
+            await self._make_ready()
+            assert self.monitor is not None
+            await self.monitor.wait_closed()
+            await self._ended("QEMU ended by itself")
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # whatever it was, the waiting command must hear it and QEMU must not stay
+            await self._fail(error)
+
+    async def _obtain_qemu(self) -> None:
+        run = find_run(self.profile)
+        if run is None:
+            clear_run(self.profile)
+            arch = find_arch(self.record.config.arch)
+            assert arch is not None, "validated when the record was made"
+            features = await asyncio.to_thread(probe_qemu, arch)
+            spec = build_spec(self.record, self.image, arch)
+            began = time.monotonic()
+            identity = await asyncio.to_thread(start_qemu, spec, features, log=self.files.qemu_log)
+            run = Run(identity, self.record.ssh_port, self.record.accel, time.time())
+            save_run(self.profile, run)
+            self.bus.publish("requirement", name="qemu", state="done", seconds=time.monotonic() - began)
+        else:
+            log.info("adopting QEMU process %d", run.qemu.pid)
+        self.run = run
+        self.monitor = await Monitor.connect(self.files.monitor_socket)
+        uuid = await self.monitor.uuid()
+        if uuid != self.record.uuid:
+            raise InstanceStateError(f"the process on {self.files.monitor_socket} is another machine ({uuid})")
+
+    async def _make_ready(self) -> None:
+        assert self.run is not None
+        self.link = GuestLink(self.files, self.run.ssh_port, publish=self.bus.publish)
+        said_hello = asyncio.ensure_future(self.link.open())
+        parts = ReadyParts(self.record, self.link.channel, self.runtime, self.context, self.run.ssh_port,
+                           self.files.serial_log)
+        wanted = build_requirements(parts, agent=said_hello)
+        self.requirements = {requirement.name: "waiting" for requirement in wanted}
+        try:
+            await self._unless_qemu_ends(wait_until_ready(wanted, self._on_requirement))
+        finally:
+            said_hello.cancel()
+        version = await self.runtime.version(self.link.channel, self.context)
+        await self.link.open_sockets(self.runtime.sockets)
+        switch = self.record.config.activate
+        notes = await asyncio.to_thread(self.runtime.activate, self.context, switch=switch)
+        for note in notes or ():
+            self.bus.publish("note", text=note)
+        self.run = replace(self.run, runtime_version=version, ready=True)
+        save_run(self.profile, self.run)
+        self.phase = "running"
+        self.bus.publish("ready")
+        log.info("ready")
+
+    async def _unless_qemu_ends(self, work: Any) -> None:
+        """Await `work`, but not past QEMU's own end: a dead QEMU fails the start at once, not at a deadline."""
+        assert self.monitor is not None
+        working = asyncio.ensure_future(work)
+        ended = asyncio.ensure_future(self.monitor.wait_closed())
+        try:
+            await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise NotReadyError("qemu", "QEMU ended while the guest was starting",
+                                    hint="see `qvm logs supervisor` and `qvm logs serial`",
+                                    details=_tail(self.files.qemu_log), log_path=self.files.qemu_log)
+            await working
+        finally:
+            for task in (working, ended):
+                task.cancel()
+            await asyncio.gather(working, ended, return_exceptions=True)
+
+    def _on_requirement(self, name: str, state: str, seconds: float) -> None:
+        self.requirements[name] = state
+        self.bus.publish("requirement", name=name, state=state, seconds=seconds)
+
+    async def _fail(self, error: Exception) -> None:
+        log.error("failed", exc_info=error)
+        known = error if isinstance(error, QvmError) else QvmError(
+            f"the supervisor failed: {error!r}", hint="this is a defect in qvm", log_path=self.files.supervisor_log
+        )
+        self.phase = "failed"
+        if self.run is not None:
+            await self._end_qemu(force=True)
+        await self._ended("failed", error=with_serial(known, self.files.serial_log))
+
+    async def stop(self, *, force: bool) -> str:
+        """Stop the machine and, with it, this supervisor; returns the rung of the ladder that did it.
+
+        A second call waits for the first; a forced one does not: it kills at once.
+        """
+        if self._stopping is None or force:
+            self._stopping = asyncio.create_task(self._stop(force=force))
+        return await asyncio.shield(self._stopping)
+
+    async def _stop(self, *, force: bool) -> str:
+        self.phase = "stopping"
+        if self._life is not None:
+            self._life.cancel()
+            await asyncio.gather(self._life, return_exceptions=True)
+        how = await self._end_qemu(force=force)
+        await self._ended(how)
+        return how
+
+    async def _end_qemu(self, *, force: bool) -> str:
+        if self.run is None:
+            return "was not running"
+        if not force and self.link is not None:
+            await self.link.ask_shutdown()
+        how = await stop_qemu(self.run.qemu, self.monitor, powerdown_timeout=POWERDOWN_TIMEOUT, force=force)
+        log.info("QEMU ended by %s", how)
+        return how
+
+    async def _ended(self, how: str, *, error: QvmError | None = None) -> None:
+        """QEMU has gone: put the host back as it was, tell the watchers, and let the process end."""
+        if self.link is not None:
+            await self.link.close()
+        if self.monitor is not None:
+            await self.monitor.close()
+        await asyncio.to_thread(self.runtime.deactivate, self.context, remove=False)
+        clear_run(self.profile)
+        if error is not None:
+            self.bus.publish("failed", error=error.to_dict())
+        else:
+            self.bus.publish("stopped", how=how)
+        self.bus.close()
+        self.finished.set()
+
+    async def leave(self) -> None:
+        """Go without QEMU (we were asked to end, not the machine): it runs on and can be adopted."""
+        if self._life is not None:
+            self._life.cancel()
+            await asyncio.gather(self._life, return_exceptions=True)
+        if self.link is not None:
+            await self.link.close()
+        if self.monitor is not None:
+            await self.monitor.close()
+        self.finished.set()
+
+    def require_link(self) -> GuestLink:
+        """The hold on a guest whose agent has answered; InstanceStateError before that."""
+        if self.link is None or self.requirements.get("agent") != "done":
+            raise InstanceStateError(f"the guest of {self.profile!r} does not answer yet")
+        return self.link
+
+    def status(self) -> dict[str, Any]:
+        """What only the supervisor knows; the commands add the rest."""
+        return {
+            "phase": self.phase,
+            "supervisor_pid": os.getpid(),
+            "requirements": dict(self.requirements),
+            "runtime_version": self.run.runtime_version if self.run else "",
+            "forwards": self.link.forwards() if self.link else [],
+            "sockets": self.link.sockets() if self.link else {},
+        }
+
+
+def runtime_context(record: Record, runtime: Runtime) -> RuntimeContext:
+    """What the plugin may know; also used by commands that undo a context when no supervisor runs."""
+    files = Files(record.config.profile)
+    wanted = ("DOCKER_CONFIG", "DOCKER_HOST", "DOCKER_CONTEXT", "KUBECONFIG", "HOME")
+    return RuntimeContext(
+        profile=record.config.profile,
+        folder=files.profile_folder,
+        state_folder=files.runtime_state,
+        user=record.user.name,
+        env={name: os.environ[name] for name in wanted if name in os.environ},
+    )
+
+
+def _tail(path: Any, lines: int = 15) -> str | None:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) or None
+    except OSError:
+        return None

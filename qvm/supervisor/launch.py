@@ -1,0 +1,106 @@
+"""Start a supervisor, or find the one that runs: the door the commands use."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from qvm.errors import DeadlineError, QvmError, error_from_dict
+from qvm.filenames import Files
+from qvm.process import Identity, identify, kill, spawn_detached, wait_gone
+from qvm.supervisor.client import Event, NoSupervisorError, call
+from qvm.wait import Deadline, wait_until
+
+LAUNCH_TIMEOUT = 30.0
+STATUS_TIMEOUT = 3.0
+
+
+def find_status(profile: str) -> dict[str, Any] | None:
+    """The running supervisor's own status; None where none answers."""
+    try:
+        return call(Files(profile).control_socket, "status", timeout=STATUS_TIMEOUT)
+    except NoSupervisorError:
+        return None
+
+
+def ensure_supervisor(profile: str) -> None:
+    """Have a supervisor answer for `profile`: it boots the instance, or adopts the QEMU that runs.
+
+    One that holds its lock but does not answer is stuck; it is ended first (QEMU lives on).
+    """
+    files = Files(profile)
+    if find_status(profile) is not None:
+        return
+    end_stuck_supervisor(profile)
+    child = spawn_detached([sys.executable, "-m", "qvm.supervisor", profile], log=files.supervisor_log)
+
+    def answers() -> bool:
+        if find_status(profile) is not None:
+            return True
+        if child.poll() is not None:
+            raise QvmError("the supervisor ended at once", hint="see `qvm logs supervisor`",
+                           details=_tail(files), log_path=files.supervisor_log)
+        return False
+
+    try:
+        wait_until(answers, Deadline(LAUNCH_TIMEOUT, "the supervisor's start"))
+    except DeadlineError as error:
+        raise QvmError("the supervisor does not answer", hint="see `qvm logs supervisor`",
+                       details=_tail(files), log_path=files.supervisor_log) from error
+
+
+def watch_until_ready(profile: str, on_event: Callable[[Event], None]) -> None:
+    """Follow the start; returns when the instance is ready, raises what made it fail."""
+    outcome: list[Event] = []
+
+    def see(event: Event) -> None:
+        on_event(event)
+        if event.get("event") in ("ready", "failed", "stopped"):
+            outcome.append(event)
+
+    call(Files(profile).control_socket, "watch", on_event=see, timeout=None)
+    last = outcome[-1] if outcome else {"event": "ended"}
+    if last["event"] == "failed":
+        raise error_from_dict(last["error"])
+    if last["event"] != "ready":
+        raise QvmError(f"the instance stopped while it was starting ({last.get('how', 'the supervisor ended')})",
+                       log_path=Files(profile).supervisor_log)
+
+
+def supervisor_identity(profile: str) -> Identity | None:
+    """The process that holds the supervisor's lock; None where nobody does."""
+    path = Files(profile).supervisor_lock
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        return identify(int(pid), "qvm.supervisor") if pid.isdigit() else None
+    finally:
+        os.close(fd)
+    return None
+
+
+def end_stuck_supervisor(profile: str) -> None:
+    """End a supervisor that does not answer: SIGTERM, then SIGKILL."""
+    for signum, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
+        identity = supervisor_identity(profile)
+        if identity is None:
+            return
+        kill(identity, signum)
+        if wait_gone(identity, Deadline(patience)):
+            return
+
+
+def _tail(files: Files) -> str | None:
+    try:
+        return "\n".join(files.supervisor_log.read_text(errors="replace").splitlines()[-15:]) or None
+    except OSError:
+        return None

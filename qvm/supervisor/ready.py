@@ -1,0 +1,117 @@
+"""What must hold before an instance counts as started: the named requirements, in terms of guest and runtime."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from qvm.errors import NotReadyError, QvmError
+from qvm.guest.channel import AgentChannel
+from qvm.guest.requirements import Requirement
+from qvm.instance.record import Record
+from qvm.runtime.base import Runtime, RuntimeContext
+from qvm.wait import backoff
+
+# Generous: a guest under software emulation on a busy host takes tens of seconds where hardware takes two.
+AGENT_TIMEOUT = 240.0
+MOUNTS_TIMEOUT = 60.0
+SSH_TIMEOUT = 120.0
+SERIAL_TAIL = 25
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyParts:
+    """What the checks act on."""
+
+    record: Record
+    channel: AgentChannel
+    runtime: Runtime
+    context: RuntimeContext
+    ssh_port: int
+    serial_log: Path
+
+
+def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> list[Requirement]:
+    """The readiness list; `agent` resolves when the guest's agent has said hello."""
+
+    async def check_agent() -> None:
+        await asyncio.shield(agent)
+
+    async def check_mounts() -> None:
+        for number, mount in enumerate(parts.record.config.mounts):
+            await parts.channel.mount(f"qvm{number}", str(mount.target), readonly=not mount.writable)
+
+    async def check_runtime() -> None:
+        await parts.runtime.provision(parts.channel, parts.context)
+        await parts.runtime.start(parts.channel, parts.context)
+        for pause in backoff():
+            if await parts.runtime.ready(parts.channel, parts.context):
+                return
+            await asyncio.sleep(pause)
+
+    async def check_ssh() -> None:
+        for pause in backoff():
+            if await ssh_answers(parts.ssh_port):
+                return
+            await asyncio.sleep(pause)
+
+    requirements = [
+        Requirement("agent", AGENT_TIMEOUT, "the guest did not boot as far as qvm's agent; `qvm logs serial` "
+                    "shows its console", check_agent),
+        Requirement("ssh", SSH_TIMEOUT, "sshd in the guest does not answer; see `qvm logs serial`", check_ssh,
+                    after=("agent",)),
+    ]
+    after_agent: tuple[str, ...] = ("agent",)
+    if parts.record.config.mounts:
+        requirements.append(
+            Requirement("mounts", MOUNTS_TIMEOUT, "a host folder could not be mounted; `qvm start --mount none` "
+                        "starts without", check_mounts, after=after_agent)
+        )
+        after_agent = ("agent", "mounts")
+    if parts.runtime.name != "none":
+        requirements.append(
+            Requirement("runtime", parts.runtime.start_timeout, f"{parts.runtime.name} in the guest does not answer; "
+                        "`qvm logs runtime` shows its journal", check_runtime, after=after_agent)
+        )
+    return requirements
+
+
+async def ssh_answers(port: int, *, timeout: float = 10.0) -> bool:
+    """Whether an SSH server greets on the forwarded port.
+
+    The user network accepts a connection before anything listens in the guest, so only the server's greeting
+    (RFC 4253, section 4.2) is proof.
+    """
+    try:
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                return (await reader.readline()).startswith(b"SSH-")
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, ValueError):
+        return False
+
+
+def serial_tail(serial_log: Path, *, lines: int = SERIAL_TAIL) -> str:
+    """The last lines of the guest's console, for an error's details."""
+    try:
+        with serial_log.open("rb") as file:
+            file.seek(max(0, serial_log.stat().st_size - 16384))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(line.rstrip() for line in text.splitlines()[-lines:])
+
+
+def with_serial(error: QvmError, serial_log: Path) -> QvmError:
+    """A failed requirement shows the last serial lines and names the log."""
+    if not isinstance(error, NotReadyError):
+        return error
+    tail = serial_tail(serial_log)
+    parts = [error.details or "", f"last lines of the guest's console:\n{tail}" if tail else ""]
+    return NotReadyError(
+        error.requirement, error.message, hint=error.hint,
+        details="\n".join(part for part in parts if part) or None, log_path=serial_log,
+    )
