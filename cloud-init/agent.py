@@ -1,0 +1,1379 @@
+"""qvm's agent: the one program of qvm that runs inside a guest.
+
+It applies the seed (who the instance is, its user, its disks), then serves two virtio-serial ports: the control
+channel (JSON lines) and the byte streams (binary frames). Both protocols are described in qvm/guest/protocol.py.
+
+One file and the standard library only, because it is baked into images, sent into running guests and injected into
+cloud images whose Python nobody chose (3.9 or newer). Imports are few and late on purpose: under software emulation
+each costs tens of milliseconds of every boot. One thread runs an epoll loop; whatever may block (file systems,
+mounts) runs in a thread of its own and posts its answer back.
+
+    agent.py [--control PATH|fd:N] [--streams PATH|fd:N] [--seed DEVICE|FILE|none] [--root DIR]
+"""
+
+import binascii
+import errno
+import json
+import os
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import deque
+
+VERSION = 1
+CONTROL_PORT, STREAM_PORT = "org.qvm.agent", "org.qvm.stream"
+MAX_LINE = 2 << 20  # a control message of 1 MiB in base64, with room for its frame
+CHUNK = 64 << 10
+OUTPUT_WINDOW = 1 << 20  # bytes of a command's output sent but not yet acknowledged
+STREAM_WINDOW = 512 << 10
+OUTBOX_FULL = 256 << 10  # above this a port takes no more from commands or sockets
+OUTBOX_LOST = 8 << 20  # above this nobody is reading: the session is dropped
+TICK = 0.2
+STATE_FOLDER = "/etc/qvm"
+GATEWAY, NAMESERVER = "10.0.2.2", "10.0.2.3"  # QEMU's user network
+
+
+def log(*words):
+    print("qvm-agent:", *words, file=sys.stderr, flush=True)
+
+
+def b64(data):
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
+def unb64(text):
+    return binascii.a2b_base64(text)
+
+
+def sha256(data):
+    try:
+        from _sha2 import sha256 as new  # hashlib itself loads OpenSSL, which costs more than all our imports
+    except ImportError:
+        try:
+            from _sha256 import sha256 as new
+        except ImportError:
+            from hashlib import sha256 as new
+    return new(data).hexdigest()
+
+
+def read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+
+
+class Failure(Exception):
+    """Something the host asked for cannot be done; the text goes back to it."""
+
+
+# --- system calls that `os` lacks ------------------------------------------------------------------------------------
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME, MS_BIND = 1, 2, 4, 1024, 4096
+MNT_DETACH = 2
+EXT4_IOC_RESIZE_FS = 0x40086610  # _IOW('f', 16, __u64), fs/ext4/ext4.h
+BLKGETSIZE64 = 0x80081272
+RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # random(4)
+
+
+def libc_call(name, *args):
+    import ctypes
+
+    if not hasattr(libc_call, "libc"):
+        libc_call.libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc_call.libc, name)(*args) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def sys_mount(source, target, kind, flags, options):
+    from ctypes import c_ulong
+
+    libc_call("mount", os.fsencode(source), os.fsencode(target), kind.encode(), c_ulong(flags), options.encode())
+
+
+def sys_umount(target, flags=0):
+    libc_call("umount2", os.fsencode(target), flags)
+
+
+def mounted_at(target):
+    """The type of the file system mounted at `target` itself, else None (fs/proc_namespace.c: octal escapes)."""
+    found = None
+    for line in (read("/proc/self/mounts") or b"").splitlines():
+        words = line.split(b" ")
+        if unescape(words[1]) == os.fsencode(target):
+            found = words[2].decode()
+    return found
+
+
+def unescape(word):
+    if b"\\" not in word:
+        return word
+    head, *parts = word.split(b"\\")
+    return head + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in parts)
+
+
+# --- block devices and the seed --------------------------------------------------------------------------------------
+
+
+def find_disk(serial):
+    """/dev/vdX of the virtio disk with that serial; from sysfs, so that nothing waits for udev."""
+    for name in sorted(os.listdir("/sys/block")):
+        if (read(f"/sys/block/{name}/serial") or b"").strip() == serial.encode():
+            return f"/dev/{name}"
+    return None
+
+
+def device_size(fd):
+    import fcntl
+
+    size = os.fstat(fd).st_size
+    if size:
+        return size  # a plain file, in tests
+    return struct.unpack("Q", fcntl.ioctl(fd, BLKGETSIZE64, bytes(8)))[0]
+
+
+def read_iso_file(path, name):
+    """A file of an ISO 9660 image's root directory by its level-1 name (ECMA-119 8.4, 9.1); None without it.
+
+    Read straight from the disk: mounting would load a module and leave something to unmount.
+    """
+    with open(path, "rb") as disk:
+        disk.seek(16 * 2048)
+        descriptor = disk.read(2048)
+        if descriptor[:6] != b"\x01CD001":
+            return None
+        start, size = struct.unpack_from("<I", descriptor, 158)[0], struct.unpack_from("<I", descriptor, 166)[0]
+        disk.seek(start * 2048)
+        folder, at = disk.read(size), 0
+        while at < size:
+            length = folder[at]
+            if length == 0:  # records do not cross sectors: the rest of this one is padding
+                at = (at // 2048 + 1) * 2048
+                continue
+            label = folder[at + 33 : at + 33 + folder[at + 32]]
+            if label.split(b";")[0] == name.encode():
+                disk.seek(struct.unpack_from("<I", folder, at + 2)[0] * 2048)
+                return disk.read(struct.unpack_from("<I", folder, at + 10)[0])
+            at += length
+    return None
+
+
+def load_seed(where):
+    """The seed document's bytes, or None where there is no seed disk."""
+    if where == "none":
+        return None
+    device = where or find_disk("seed")
+    if device is None and os.path.exists("/dev/disk/by-label/cidata"):
+        device = "/dev/disk/by-label/cidata"
+    if device is None:
+        return None
+    if device.endswith(".json"):
+        return read(device)
+    return read_iso_file(device, "QVM.JSON")
+
+
+class Ext4:
+    """What the superblock says (fs/ext4/ext4.h, struct ext4_super_block)."""
+
+    def __init__(self, block):
+        low, self.state = struct.unpack_from("<I", block, 4)[0], struct.unpack_from("<H", block, 0x3A)[0]
+        high = struct.unpack_from("<I", block, 0x150)[0] if struct.unpack_from("<I", block, 0x60)[0] & 0x80 else 0
+        self.block_size = 1024 << struct.unpack_from("<I", block, 0x18)[0]
+        self.blocks = low | high << 32
+
+    @classmethod
+    def find(cls, device):
+        with open(device, "rb", buffering=0) as disk:
+            disk.seek(1024)
+            block = disk.read(1024)
+        return cls(block) if block[0x38:0x3A] == b"\x53\xef" else None
+
+
+def is_blank(device):
+    """Whether the first and last 2 MiB hold nothing: stricter than a list of signatures, and no program to run."""
+    fd = os.open(device, os.O_RDONLY)
+    try:
+        size = device_size(fd)
+        span = min(2 << 20, size)
+        return not any(os.pread(fd, span, 0)) and not any(os.pread(fd, span, size - span))
+    finally:
+        os.close(fd)
+
+
+def grow_ext4(device, mountpoint):
+    """Grow a mounted ext4 to its device, as resize2fs does; True where it grew."""
+    import fcntl
+
+    system = Ext4.find(device)
+    if system is None:
+        return False
+    fd = os.open(device, os.O_RDONLY)
+    wanted = device_size(fd) // system.block_size
+    os.close(fd)
+    # Less than a block group more is not worth a group of its own.
+    if wanted - system.blocks < 8 * system.block_size:
+        return False
+    fd = os.open(mountpoint, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, EXT4_IOC_RESIZE_FS, struct.pack("Q", wanted))
+    finally:
+        os.close(fd)
+    return True
+
+
+# --- applying the seed -----------------------------------------------------------------------------------------------
+
+
+def run_program(argv):
+    import subprocess
+
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise Failure(f"{argv[0]}: {done.stdout.decode(errors='replace').strip()[-500:]}")
+
+
+def write_atomic(path, data, mode=0o644, owner=None):
+    """Replace a file whole; True where the content, mode or owner were different before."""
+    if os.path.lexists(path) and not os.path.islink(path):
+        old = os.stat(path)
+        same_owner = owner is None or (old.st_uid, old.st_gid) == owner
+        if old.st_mode & 0o7777 == mode and same_owner and old.st_size == len(data) and read(path) == data:
+            return False
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.qvm-{os.getpid()}-{threading.get_ident()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), mode)
+            if owner is not None:
+                os.fchown(file.fileno(), *owner)
+        os.rename(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+    return True
+
+
+class Personality:
+    """Applies a seed document to the system under `root`; every step stands alone, so one that fails stops no other."""
+
+    def __init__(self, document, root="/"):
+        self.doc = document
+        self.root = root.rstrip("/")
+        self.live = not self.root  # a scratch root (tests) gets files only
+        self.errors = []
+        self.timings = {}
+        self.sshd_changed = False
+
+    def path(self, path):
+        return self.root + path
+
+    def put(self, path, text, mode=0o644, owner=None):
+        data = text if isinstance(text, bytes) else text.encode()
+        return write_atomic(self.path(path), data, mode, owner if self.live else None)
+
+    def put_block(self, path, lines):
+        """Keep our lines, and only ours, between two marks in a file that others write too."""
+        begin, end = "# qvm begin", "# qvm end"
+        old = (read(self.path(path)) or b"").decode(errors="surrogateescape").splitlines()
+        if begin in old and end in old:
+            old[old.index(begin) : old.index(end) + 1] = []
+        text = "".join(line + "\n" for line in [*old, begin, *lines, end])
+        return self.put(path, text.encode(errors="surrogateescape"))
+
+    def apply(self, raw_digest):
+        """Run every step; those that touch only the root disk are left out when this very document was applied."""
+        stamp = self.path(f"{STATE_FOLDER}/applied")
+        mark = f"{self.doc.get('instance_id', '')} {raw_digest}\n".encode()
+        fresh = read(stamp) != mark
+        once = (self.hostname, self.machine_id, self.user, self.keys, self.sshd, self.environment, self.dns)
+        always = (self.entropy, self.runtime_hostname, self.grow_root, self.data_disk, self.data_folders, self.mounts)
+        started = time.monotonic()
+        for step in (*(once if fresh else ()), *always, self.restart_sshd):
+            begun = time.monotonic()
+            try:
+                step()
+            except (OSError, Failure, KeyError, ValueError, TypeError) as error:
+                self.errors.append({"step": step.__name__, "message": f"{type(error).__name__}: {error}"})
+                log("seed step", step.__name__, "failed:", error)
+            self.timings[step.__name__] = round(time.monotonic() - begun, 4)
+        if fresh and not self.errors:
+            self.put(f"{STATE_FOLDER}/applied", mark)
+        return {"instance_id": self.doc.get("instance_id"), "fresh": fresh, "errors": self.errors,
+                "seconds": round(time.monotonic() - started, 4), "timings": self.timings}
+
+    def hostname(self):
+        name = self.doc.get("hostname")
+        if not name:
+            return
+        self.put("/etc/hostname", name + "\n")
+        names = self.doc.get("hosts") or {"host.docker.internal": GATEWAY, "host.qvm.internal": GATEWAY}
+        self.put_block("/etc/hosts", [f"127.0.1.1 {name}", *(f"{address} {host}" for host, address in names.items())])
+
+    def runtime_hostname(self):
+        name = self.doc.get("hostname")
+        if name and self.live and os.uname().nodename != name:
+            socket.sethostname(name)
+
+    def machine_id(self):
+        if self.doc.get("machine_id"):
+            self.put("/etc/machine-id", self.doc["machine_id"] + "\n", 0o444)
+
+    def entropy(self):
+        """Fresh randomness: two forks of one warm image must share no random stream."""
+        if not (self.doc.get("entropy") and self.live):
+            return
+        import fcntl
+
+        seed = unb64(self.doc["entropy"])
+        with open("/dev/urandom", "wb", buffering=0) as device:
+            fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+            fcntl.ioctl(device, RNDRESEEDCRNG)
+
+    def user(self):
+        """The user, in the account files themselves: useradd and friends cost more than the whole rest of this."""
+        user = self.doc.get("user")
+        if not user:
+            return
+        name, uid, gid, home = user["name"], int(user["uid"]), int(user["gid"]), user["home"]
+        if uid == 0:
+            return
+        shell = user.get("shell", "/bin/bash")
+        groups = self.table("/etc/group")
+        if not any(row[2] == str(gid) for row in groups):
+            free = name if all(row[0] != name for row in groups) else f"{name}-qvm"
+            groups.append([free, "x", str(gid), ""])
+        for row in groups:
+            if row[0] in ("docker", "sudo") and name not in row[3].split(","):
+                row[3] = ",".join([*filter(None, row[3].split(",")), name])
+        accounts = self.table("/etc/passwd")
+        for row in accounts:
+            if row[0] == name and int(row[2]) < 1000 and int(row[2]) != uid:
+                raise Failure(f"{name!r} is a system account of this image")
+        # First in the file, so that the uid has this name even where the image gave it to another.
+        ours = [name, "x", str(uid), str(gid), "", home, shell]
+        accounts = [row for row in accounts if row[0] != name]
+        at = next((n for n, row in enumerate(accounts) if row[2] == str(uid)), len(accounts))
+        accounts.insert(at, ours)
+        shadow = self.table("/etc/shadow")
+        if all(row[0] != name for row in shadow):
+            shadow.append([name, "*", "19000", "0", "99999", "7", "", "", ""])
+        self.put_table("/etc/group", groups)
+        self.put_table("/etc/shadow", shadow)
+        self.put_table("/etc/passwd", accounts)
+        for path in ("/etc/subuid", "/etc/subgid"):
+            rows = self.table(path)
+            if all(row[0] != name for row in rows):
+                start = max([100000, *(int(row[1]) + int(row[2]) for row in rows)])
+                self.put_table(path, [*rows, [name, str(start), "65536"]])
+        self.put("/etc/sudoers.d/90-qvm", f"{name} ALL=(ALL:ALL) NOPASSWD:ALL\n", 0o440)
+        self.home(home, uid, gid)
+
+    def home(self, home, uid, gid):
+        target = self.path(home)
+        if os.path.isdir(target):
+            return
+        os.makedirs(target, 0o755)
+        for folder, _, names in os.walk(self.path("/etc/skel")):
+            into = target + folder[len(self.path("/etc/skel")) :]
+            os.makedirs(into, exist_ok=True)
+            for each in names:
+                write_atomic(f"{into}/{each}", read(f"{folder}/{each}") or b"")
+        if self.live:
+            for folder, _, names in os.walk(target):
+                for each in (folder, *(f"{folder}/{leaf}" for leaf in names)):
+                    os.chown(each, uid, gid, follow_symlinks=False)
+
+    def table(self, path):
+        text = (read(self.path(path)) or b"").decode(errors="surrogateescape")
+        return [line.split(":") for line in text.splitlines() if line.strip()]
+
+    def put_table(self, path, rows):
+        old = os.stat(self.path(path)) if os.path.exists(self.path(path)) else None
+        mode = old.st_mode & 0o7777 if old else 0o640 if path.endswith("shadow") else 0o644
+        text = "".join(":".join(row) + "\n" for row in rows)
+        self.put(path, text.encode(errors="surrogateescape"), mode, (old.st_uid, old.st_gid) if old else None)
+
+    def keys(self):
+        """Authorised keys live outside the home: a home mounted from the host must not be written to."""
+        user, lines = self.doc.get("user") or {"name": "root"}, self.doc.get("authorized_keys") or []
+        if not lines:
+            return
+        self.put(f"/etc/ssh/authorized_keys.d/{user['name']}", "".join(line.strip() + "\n" for line in lines))
+        for folder in ("/etc/ssh", "/etc/ssh/authorized_keys.d"):
+            os.chmod(self.path(folder), 0o755)
+
+    def sshd(self):
+        if not self.doc.get("host_key"):
+            return
+        folder, ours = "/etc/ssh", "ssh_host_ed25519_key"
+        changed = self.put(f"{folder}/{ours}", self.doc["host_key"], 0o600, (0, 0))
+        self.put(f"{folder}/{ours}.pub", self.doc.get("host_key_public", "").strip() + "\n")
+        for name in os.listdir(self.path(folder)):
+            if name.startswith("ssh_host_") and name not in (ours, f"{ours}.pub"):
+                os.unlink(self.path(f"{folder}/{name}"))
+        root = (self.doc.get("user") or {}).get("name", "root") == "root"
+        changed |= self.put(f"{folder}/sshd_config.d/10-qvm.conf", "\n".join((
+            f"HostKey {folder}/{ours}",
+            f"AuthorizedKeysFile {folder}/authorized_keys.d/%u .ssh/authorized_keys",
+            "PermitRootLogin " + ("prohibit-password" if root else "no"),
+            "PasswordAuthentication no", "KbdInteractiveAuthentication no", "GSSAPIAuthentication no",
+            "UseDNS no", "PrintMotd no", "PrintLastLog no", "AcceptEnv LANG LC_* COLORTERM NO_COLOR QVM_*",
+            "MaxSessions 100", "MaxStartups 100:30:200", "AllowStreamLocalForwarding yes", "AllowTcpForwarding yes",
+            "ClientAliveInterval 30", "ClientAliveCountMax 4", "")))
+        self.sshd_changed = changed
+
+    def restart_sshd(self):
+        """sshd that already runs starts itself anew on SIGHUP (sshd(8)), whatever init the guest has."""
+        pid = read("/run/sshd.pid") if self.sshd_changed and self.live else None
+        if pid:
+            os.kill(int(pid), 1)
+
+    def environment(self):
+        env = self.doc.get("env") or {}
+        quoted = {name: value.replace("\\", "\\\\").replace('"', '\\"') for name, value in env.items()}
+        shell = {name: "'" + value.replace("'", "'\\''") + "'" for name, value in env.items()}
+        self.put(f"{STATE_FOLDER}/environment", "".join(f'{name}="{value}"\n' for name, value in quoted.items()))
+        self.put("/etc/profile.d/qvm.sh", "".join(f"export {name}={value}\n" for name, value in shell.items()))
+        if env or os.path.exists(self.path("/etc/environment")):
+            # pam_env knows no escapes, only a pair of quotes around the whole.
+            simple = {name: value for name, value in env.items() if "\n" not in value}
+            self.put_block("/etc/environment", [f'{name}="{value}"' for name, value in simple.items()])
+        drop_in = "/etc/systemd/system/service.d/10-qvm-environment.conf"
+        changed = self.put(drop_in, f"[Service]\nEnvironmentFile=-{STATE_FOLDER}/environment\n")
+        if changed and env and self.live and os.path.isdir("/run/systemd/system"):
+            run_program(["systemctl", "--no-ask-password", "daemon-reload"])
+
+    def dns(self):
+        servers = self.doc.get("dns") or [NAMESERVER]
+        self.put("/etc/resolv.conf", "".join(f"nameserver {server}\n" for server in servers))
+
+    def grow_root(self):
+        if not self.live:
+            return
+        number = os.stat("/").st_dev
+        folder = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+        if os.path.isdir(folder) and not os.path.exists(f"{folder}/partition"):
+            grow_ext4(f"/dev/{os.path.basename(folder)}", "/")
+
+    def data_disk(self):
+        device = find_disk("data") if self.live else None
+        target = "/var/lib/qvm"
+        if device is None or mounted_at(target):
+            return
+        system = Ext4.find(device)
+        if system is None:
+            if not is_blank(device):
+                raise Failure(f"{device} (the data disk) holds something that is not ext4; it was left untouched")
+            run_program(["mkfs.ext4", "-q", "-F", "-L", "qvm-data", "-m", "0", *MKFS_OPTIONS, device])
+        elif system.state & 2:  # EXT4_ERROR_FS: the kernel met an error earlier
+            run_program(["sh", "-c", f"e2fsck -p {device}; test $? -le 1"])
+        os.makedirs(target, exist_ok=True)
+        sys_mount(device, target, "ext4", MS_NOATIME, "discard")
+        grow_ext4(device, target)
+
+    def data_folders(self):
+        if not (self.live and mounted_at("/var/lib/qvm")):
+            return
+        for folder in self.doc.get("data_folders") or []:
+            if mounted_at(folder):
+                continue
+            source = "/var/lib/qvm" + folder
+            os.makedirs(folder, exist_ok=True)
+            if not os.path.isdir(source):
+                os.makedirs(source)
+                old = os.stat(folder)
+                os.chmod(source, old.st_mode & 0o7777)
+                os.chown(source, old.st_uid, old.st_gid)
+            sys_mount(source, folder, "none", MS_BIND, "")
+
+    def mounts(self):
+        user = self.doc.get("user") or {}
+        for mount in (self.doc.get("mounts") or []) if self.live else []:
+            try:
+                mount_9p(mount, user)
+            except (OSError, Failure) as error:
+                self.errors.append({"step": f"mount {mount.get('target')}", "message": str(error)})
+
+
+# The disk was proven blank, so nothing need be zeroed or discarded; inode tables are made when first used.
+MKFS_OPTIONS = ("-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", "-O", "^resize_inode,meta_bg")
+
+
+def mount_9p(mount, user):
+    """Mount a host folder; True where it was not. Folders made on the way inside the home are the user's."""
+    tag, target = mount["tag"], mount["target"]
+    if not target.startswith("/") or os.path.normpath(target) == "/":
+        raise Failure(f"{target!r} is no place for a mount")
+    if mounted_at(target) == "9p":
+        return False
+    path = ""
+    for part in target.strip("/").split("/"):
+        path += "/" + part
+        if not os.path.isdir(path):
+            os.mkdir(path, 0o755)
+            if user.get("home") and path.startswith(user["home"] + "/"):
+                os.chown(path, int(user["uid"]), int(user["gid"]))
+    flags = MS_NOSUID | MS_NODEV | (0 if mount.get("writable", True) else MS_RDONLY)
+    cache = mount.get("cache", "none")
+    sys_mount(tag, target, "9p", flags, f"trans=virtio,version=9p2000.L,msize=524288,cache={cache},access=any")
+    return True
+
+
+# --- listening ports -------------------------------------------------------------------------------------------------
+
+
+class Listeners:
+    """TCP ports that can be reached in the guest: listening sockets, and host ports that CNI redirects by netfilter.
+
+    Listening sockets are read from sock_diag(7), which looks only at listeners; /proc/net/tcp would walk the table of
+    all connections. Containers published by CNI's portmap plugin have no listener at all, but libcni keeps what it
+    was asked for in its results cache, one file for each attachment, made on ADD and removed on DEL.
+    """
+
+    RESULTS = "/var/lib/cni/results"
+    STALE = "/run/qvm-cni-stale"
+    REQUEST = struct.Struct("=IHHIIBBBBI48x")
+
+    def __init__(self):
+        self.netlink = None
+        self.last = None
+        self.published = set()
+        self.seen = None
+        self.again = 0
+        self.stale = self.load_stale()
+
+    def load_stale(self):
+        """Results left by an unclean end of an earlier boot belong to no container; learnt once in each boot."""
+        known = read(self.STALE)
+        if known is None:
+            known = "".join(f"{name} {mtime}\n" for name, mtime in self.results()).encode()
+            write_atomic(self.STALE, known, 0o600)
+        return set(known.decode().splitlines())
+
+    def results(self):
+        try:
+            with os.scandir(self.RESULTS) as entries:
+                return sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
+        except OSError:
+            return []
+
+    def changed(self):
+        """The new list [[address, port] ...], sorted, or None where it is as it was."""
+        current = sorted(self.listening() | self.redirected())
+        if current == self.last:
+            return None
+        self.last = current
+        return [list(item) for item in current]
+
+    def listening(self):
+        try:
+            return self.by_netlink(socket.AF_INET) | self.by_netlink(socket.AF_INET6)
+        except OSError:
+            self.netlink = None
+            return self.by_proc()
+
+    def by_netlink(self, family):
+        if self.netlink is None:
+            self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)
+            self.netlink.settimeout(1)
+        self.netlink.send(self.REQUEST.pack(72, 20, 0x301, 1, 0, family, socket.IPPROTO_TCP, 0, 0, 1 << 10))
+        found = set()
+        while True:
+            reply, at = self.netlink.recv(CHUNK), 0
+            while at < len(reply):
+                length, kind = struct.unpack_from("=IH", reply, at)
+                if kind == 3:  # NLMSG_DONE
+                    return found
+                if kind == 2:  # NLMSG_ERROR
+                    raise OSError(-struct.unpack_from("=i", reply, at + 16)[0], "sock_diag")
+                port = struct.unpack_from(">H", reply, at + 20)[0]
+                size = 4 if family == socket.AF_INET else 16
+                found.add((socket.inet_ntop(family, reply[at + 24 : at + 24 + size]), port))
+                at += (length + 3) & ~3
+
+    @staticmethod
+    def by_proc():
+        found = set()
+        for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+            for line in (read(f"/proc/net/{name}") or b"").decode().splitlines()[1:]:
+                words = line.split()
+                if words[3] == "0A":  # TCP_LISTEN
+                    address, port = words[1].split(":")
+                    raw = bytes.fromhex(address)
+                    raw = b"".join(struct.pack("=I", word) for word in struct.unpack(f">{len(raw) // 4}I", raw))
+                    found.add((socket.inet_ntop(family, raw), int(port, 16)))
+        return found
+
+    def redirected(self):
+        try:
+            stamp = os.stat(self.RESULTS).st_mtime_ns
+        except OSError:
+            stamp = 0
+        if stamp != self.seen:
+            # A file may be seen before it is filled, so look again at the next two ticks.
+            self.seen, self.again = stamp, 3
+        if self.again:
+            self.again -= 1
+            self.published = {
+                port for name, mtime in self.results() if f"{name} {mtime}" not in self.stale
+                for port in self.mappings(read(f"{self.RESULTS}/{name}") or b"")
+            }
+        return self.published
+
+    @staticmethod
+    def mappings(raw):
+        try:
+            wanted = json.loads(raw)["capabilityArgs"]["portMappings"]
+            for mapping in wanted:
+                # go-cni writes HostPort where CNI's convention says hostPort; Go reads either.
+                item = {key.lower(): value for key, value in mapping.items()}
+                if item.get("protocol", "tcp").lower() == "tcp" and item.get("hostport"):
+                    yield item.get("hostip") or "0.0.0.0", int(item["hostport"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return
+
+
+# --- ports and commands ----------------------------------------------------------------------------------------------
+
+
+class Port:
+    """One end of a byte channel to the host: a virtio-serial port, or a socket in tests.
+
+    Watched edge-triggered: a port without a host reports hang-up for as long as that lasts, and the kernel wakes us
+    when a host comes (drivers/char/virtio_console.c), so neither state costs a poll.
+    """
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.out = bytearray()
+        self.more = False  # there may be more to read without a new event
+        self.closed = False
+        os.set_blocking(fd, False)
+
+    def read(self, budget=16):
+        """What has come, up to `budget` reads of the kernel's 4 KiB each; b"" for nothing, with or without a host."""
+        parts = []
+        self.more = False
+        for _ in range(budget):
+            try:
+                data = os.read(self.fd, CHUNK)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                log("port:", error)
+                break
+            if not data:
+                self.closed = True
+                break
+            self.closed = False
+            parts.append(data)
+        else:
+            self.more = True
+        return b"".join(parts)
+
+    def flush(self):
+        while self.out:
+            try:
+                with memoryview(self.out) as view:
+                    sent = os.write(self.fd, view[: 32 << 10])
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.EPIPE, errno.ENOTCONN):
+                    log("port:", error)
+                self.out.clear()
+                return
+            del self.out[:sent]
+
+    @property
+    def full(self):
+        return len(self.out) > OUTBOX_FULL
+
+
+class Command:
+    """One program that the host runs here, with its pipes and its end."""
+
+    def __init__(self, agent, number, message):
+        import subprocess
+
+        self.agent, self.number = agent, number
+        self.unacked = 0
+        self.input = bytearray()
+        self.input_end = False
+        self.timed_out = False
+        self.deadline = time.monotonic() + message["timeout"] if message.get("timeout") else None
+        env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8",
+               "HOME": "/root", **agent.env}
+        identity = {}
+        if message.get("user") not in (None, "root"):
+            import pwd
+
+            account = pwd.getpwnam(message["user"])
+            identity = {"user": account.pw_uid, "group": account.pw_gid,
+                        "extra_groups": os.getgrouplist(account.pw_name, account.pw_gid)}
+            env |= {"HOME": account.pw_dir, "USER": account.pw_name, "LOGNAME": account.pw_name,
+                    "SHELL": account.pw_shell}
+        env |= message.get("env") or {}
+        self.child = subprocess.Popen(
+            message["argv"], cwd=message.get("cwd") or "/", env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, bufsize=0, start_new_session=True, **identity)
+        self.pidfd = os.pidfd_open(self.child.pid)
+        self.exited = False
+        self.outputs = {}
+        for name, pipe in (("out", self.child.stdout), ("err", self.child.stderr)):
+            os.set_blocking(pipe.fileno(), False)
+            self.outputs[pipe.fileno()] = name
+            agent.watch(pipe.fileno(), self.on_output, select.EPOLLIN, agent.outputs)
+        os.set_blocking(self.child.stdin.fileno(), False)
+        agent.watch(self.pidfd, self.on_exit, select.EPOLLIN)
+        self.feed(unb64(message.get("input") or ""), end=not message.get("stdin"))
+
+    def feed(self, data, *, end):
+        self.input += data
+        self.input_end |= end
+        self.on_input(0)
+
+    def on_input(self, _events):
+        stdin = self.child.stdin
+        if stdin is None or stdin.closed:
+            self.input.clear()
+            return
+        written = 0
+        try:
+            while self.input:
+                with memoryview(self.input) as view:
+                    count = os.write(stdin.fileno(), view[:CHUNK])
+                del self.input[:count]
+                written += count
+        except BlockingIOError:
+            self.agent.watch(stdin.fileno(), self.on_input, select.EPOLLOUT)
+        except OSError:  # the program closed its input; what it would have read is of no use
+            written += len(self.input)
+            self.input.clear()
+            self.input_end = True
+        if written:
+            self.agent.send({"id": self.number, "taken": written})
+        if not self.input:
+            self.agent.unwatch(stdin.fileno())
+            if self.input_end:
+                stdin.close()
+
+    def on_output(self, _events, fds=None):
+        for fd in fds or list(self.outputs):
+            while self.unacked < OUTPUT_WINDOW and (self.exited or not self.agent.control.full):
+                try:
+                    data = os.read(fd, CHUNK)
+                except BlockingIOError:
+                    break
+                if not data:
+                    self.drop(fd)
+                    break
+                self.unacked += len(data)
+                self.agent.send({"id": self.number, self.outputs[fd]: b64(data)})
+        if self.unacked >= OUTPUT_WINDOW:
+            for fd in self.outputs:
+                self.agent.unwatch(fd, self.agent.outputs)
+        if self.exited:
+            self.finish()
+
+    def acknowledge(self, count):
+        blocked = self.unacked >= OUTPUT_WINDOW
+        self.unacked -= count
+        if blocked and self.unacked < OUTPUT_WINDOW:
+            for fd in self.outputs:
+                self.agent.watch(fd, self.on_output, select.EPOLLIN, self.agent.outputs)
+            self.on_output(0)
+
+    def drop(self, fd):
+        self.agent.unwatch(fd, self.agent.outputs)
+        del self.outputs[fd]
+
+    def on_exit(self, _events):
+        self.agent.unwatch(self.pidfd)
+        self.child.wait()
+        self.exited = True
+        self.on_output(0)
+
+    def finish(self):
+        """Report the end once all that it wrote is sent; a grandchild that keeps a pipe open is not waited for."""
+        if self.unacked >= OUTPUT_WINDOW:
+            return
+        code = self.child.returncode
+        self.release()
+        self.agent.send({"id": self.number, "exit": code if code >= 0 else 128 - code, "timed_out": self.timed_out})
+
+    def release(self):
+        for fd in list(self.outputs):
+            self.drop(fd)
+        if not self.child.stdin.closed:
+            self.agent.unwatch(self.child.stdin.fileno())
+            self.child.stdin.close()
+        self.child.stdout.close()
+        self.child.stderr.close()
+        os.close(self.pidfd)
+        self.agent.commands.pop(self.number, None)
+
+    def signal(self, number):
+        """To the program and what it started in its own session."""
+        if not self.exited:
+            try:
+                os.killpg(self.child.pid, number)
+            except ProcessLookupError:
+                self.child.send_signal(number)
+
+
+# --- byte streams ----------------------------------------------------------------------------------------------------
+
+OPEN, OPENED, FAILED, DATA, EOF, RESET, CREDIT = range(1, 8)
+HEADER = struct.Struct(">IBI")
+
+
+class Stream:
+    """One connection from the host to a socket in the guest."""
+
+    def __init__(self, mux, number, credit, target):
+        self.mux, self.number, self.credit = mux, number, credit
+        self.input = bytearray()  # from the host, for the socket; never more than the credit we gave
+        self.input_end = self.output_end = self.shut = False
+        self.opened = False
+        self.mask = 0
+        kind, _, rest = target.partition(":")
+        if kind == "unix":
+            self.socket, self.address = socket.socket(socket.AF_UNIX), rest
+        elif kind == "tcp":
+            host, _, port = rest.rpartition(":")
+            self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.address = ("127.0.0.1" if host == "localhost" else host, int(port))
+        else:
+            raise Failure(f"unknown target {target!r}")
+        self.socket.setblocking(False)
+        self.connect()
+
+    def connect(self):
+        number = self.socket.connect_ex(self.address)
+        if number == errno.EAGAIN:  # a unix listener whose backlog is full: there is no event for that
+            self.mux.retry.append(self)
+        elif number not in (0, errno.EINPROGRESS):
+            self.fail(number)
+        else:
+            self.interest()
+
+    def fail(self, number):
+        self.mux.frame(self.number, FAILED, os.strerror(number).encode())
+        self.close()
+
+    def interest(self):
+        """Tell epoll what we wait for; nothing at all must be unregistered, or a hang-up would be told for ever."""
+        mask = 0
+        if self.input or not self.opened:
+            mask |= select.EPOLLOUT
+        if self.opened and self.credit > 0 and not self.output_end:
+            mask |= select.EPOLLIN
+        if mask != self.mask:
+            self.mask = mask
+            if mask:
+                self.mux.agent.watch(self.socket.fileno(), self.on_event, mask, self.mux.sockets)
+            else:
+                self.mux.agent.unwatch(self.socket.fileno(), self.mux.sockets)
+
+    def on_event(self, events):
+        try:
+            if not self.opened:
+                number = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if number:
+                    return self.fail(number)
+                self.opened = True
+                self.mux.frame(self.number, OPENED, struct.pack(">I", STREAM_WINDOW))
+            if self.input:
+                self.push()
+            if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                self.pull()
+        except OSError as error:
+            self.mux.frame(self.number, RESET, error.strerror.encode())
+            self.close()
+            return None
+        return self.settle()
+
+    def push(self):
+        try:
+            with memoryview(self.input) as view:
+                sent = self.socket.send(view)
+        except BlockingIOError:
+            return
+        del self.input[:sent]
+        self.mux.frame(self.number, CREDIT, struct.pack(">I", sent))
+
+    def pull(self):
+        if self.output_end or self.credit <= 0 or not self.opened:
+            return
+        try:
+            data = self.socket.recv(min(CHUNK, self.credit))
+        except BlockingIOError:
+            return
+        if data:
+            self.credit -= len(data)
+            self.mux.frame(self.number, DATA, data)
+        else:
+            self.output_end = True
+            self.mux.frame(self.number, EOF)
+
+    def settle(self):
+        if self.input_end and not self.input and not self.shut and self.opened:
+            self.shut = True
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:  # the peer is gone already; its end comes as EOF or a reset
+                self.output_end = self.output_end or False
+        if self.shut and self.output_end:
+            self.close()
+        else:
+            self.interest()
+
+    def on_frame(self, kind, payload):
+        if kind == DATA:
+            self.input += payload
+            if self.opened:
+                self.on_event(0)
+        elif kind == EOF:
+            self.input_end = True
+            self.settle()
+        elif kind == CREDIT:
+            self.credit += struct.unpack(">I", payload)[0]
+            self.interest()
+        elif kind == RESET:
+            # An unread input makes close() send a TCP reset, which is what the host's side had.
+            self.close()
+
+    def close(self):
+        if self.mask:
+            self.mux.agent.unwatch(self.socket.fileno(), self.mux.sockets)
+            self.mask = 0
+        self.socket.close()
+        self.mux.streams.pop(self.number, None)
+
+
+class Mux:
+    """The stream port: frames to and from the host, one session at a time."""
+
+    def __init__(self, agent, port):
+        self.agent, self.port = agent, port
+        self.sockets = select.epoll()
+        self.streams = {}
+        self.retry = []
+        self.buffer = bytearray()
+        self.marker = None  # bytes that begin the next session; everything before them belongs to an older one
+        self.live = False
+
+    def begin(self, marker):
+        for stream in list(self.streams.values()):
+            stream.close()
+        self.retry.clear()
+        self.buffer.clear()
+        self.port.out.clear()
+        self.marker, self.live = marker, False
+
+    def frame(self, number, kind, payload=b""):
+        self.port.out += HEADER.pack(number, kind, len(payload))
+        self.port.out += payload
+
+    def on_port(self, _events=0):
+        self.buffer += self.port.read()
+        if self.marker is not None:
+            at = self.buffer.find(self.marker)
+            if at < 0:
+                del self.buffer[: -len(self.marker)]
+                return
+            del self.buffer[: at + len(self.marker)]
+            self.port.out += self.marker
+            self.marker, self.live = None, True
+        if not self.live:
+            self.buffer.clear()
+            return
+        at, end = 0, len(self.buffer)
+        while end - at >= HEADER.size:
+            number, kind, length = HEADER.unpack_from(self.buffer, at)
+            if kind > CREDIT or length > STREAM_WINDOW:
+                log("stream port: lost the frames; the host must begin anew")
+                self.begin(None)
+                return
+            if end - at - HEADER.size < length:
+                break
+            start = at + HEADER.size
+            at = start + length
+            self.dispatch(number, kind, bytes(self.buffer[start:at]))
+        del self.buffer[:at]
+
+    def dispatch(self, number, kind, payload):
+        if kind != OPEN:
+            stream = self.streams.get(number)
+            if stream is not None:
+                stream.on_frame(kind, payload)
+            return
+        try:
+            credit, target = struct.unpack_from(">I", payload)[0], payload[4:].decode()
+            stream = self.streams[number] = Stream.__new__(Stream)
+            stream.__init__(self, number, credit, target)
+        except (OSError, Failure, ValueError) as error:
+            self.streams.pop(number, None)
+            self.frame(number, FAILED, str(error).encode())
+
+
+# --- the agent -------------------------------------------------------------------------------------------------------
+
+
+def open_port(where, name):
+    """The fd of a port: `fd:N`, a path, or (None) the virtio port of that name as soon as the kernel has it."""
+    if where and where.startswith("fd:"):
+        os.set_inheritable(int(where[3:]), False)
+        return int(where[3:])
+    if where:
+        return os.open(where, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    pause = 0.005
+    while True:
+        # Not /dev/virtio-ports: those links are udev's, which starts later than we do.
+        folder = "/sys/class/virtio-ports"
+        for port in os.listdir(folder) if os.path.isdir(folder) else ():
+            if (read(f"{folder}/{port}/name") or b"").strip() == name.encode() and os.path.exists(f"/dev/{port}"):
+                os.chmod(f"/dev/{port}", 0o600)
+                return os.open(f"/dev/{port}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.25)
+
+
+def notify_ready():
+    """Tell systemd that the seed is applied (sd_notify(3)): units ordered after ours begin now."""
+    address = os.environ.pop("NOTIFY_SOCKET", None)
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+
+
+class Agent:
+    def __init__(self, options):
+        self.options = options
+        self.poll = select.epoll()
+        self.outputs = select.epoll()  # pipes of commands; muted as one while the control port is full
+        self.handlers = {}
+        self.control = Port(open_port(options["--control"], CONTROL_PORT))
+        self.mux = Mux(self, Port(open_port(options["--streams"], STREAM_PORT)))
+        self.lines = bytearray()
+        self.session = None
+        self.commands = {}
+        self.uploads = {}
+        self.env = {}
+        self.seed = {"state": "pending"}
+        self.listeners = None
+        self.stopping = False
+        self.muted = set()
+        self.posted = deque()
+        self.wake_read, self.wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        ports = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
+        self.watch(self.control.fd, self.on_control, ports)
+        self.watch(self.mux.port.fd, self.mux.on_port, ports)
+        self.watch(self.wake_read, self.on_wake, select.EPOLLIN)
+        for inner in (self.outputs, self.mux.sockets):
+            self.watch(inner.fileno(), lambda _events, inner=inner: self.dispatch(inner, 0), select.EPOLLIN)
+
+    # The loop.
+
+    def watch(self, fd, handler, mask, poll=None):
+        poll = poll or self.poll
+        if self.handlers.get(fd) is None:
+            poll.register(fd, mask)
+        else:
+            poll.modify(fd, mask)
+        self.handlers[fd] = handler
+
+    def unwatch(self, fd, poll=None):
+        if self.handlers.pop(fd, None) is not None:
+            (poll or self.poll).unregister(fd)
+
+    def dispatch(self, poll, timeout):
+        for fd, events in poll.poll(timeout):
+            handler = self.handlers.get(fd)
+            if handler is not None:
+                handler(events)
+
+    def mute(self, poll, full):
+        """While a port is full, let its sources be: one fd in the outer epoll stands for all of them."""
+        if full != (poll in self.muted):
+            self.poll.modify(poll.fileno(), 0 if full else select.EPOLLIN)
+            (self.muted.add if full else self.muted.discard)(poll)
+
+    def run(self):
+        next_tick = 0.0
+        while not self.stopping:
+            for port, handler in ((self.control, self.on_control), (self.mux.port, self.mux.on_port)):
+                if port.more:
+                    handler(0)
+                port.flush()
+            self.mute(self.outputs, self.control.full)
+            self.mute(self.mux.sockets, self.mux.port.full)
+            now = time.monotonic()
+            if now >= next_tick:
+                next_tick = now + TICK
+                self.tick(now)
+            waits = [next_tick - now, 0.01 if self.mux.retry else TICK]
+            self.dispatch(self.poll, 0 if self.control.more or self.mux.port.more else max(0.0, min(waits)))
+            if self.mux.retry:
+                waiting, self.mux.retry = self.mux.retry, []
+                for stream in waiting:
+                    if self.mux.streams.get(stream.number) is stream:
+                        stream.connect()
+
+    def tick(self, now):
+        for command in list(self.commands.values()):
+            if command.deadline is not None and now > command.deadline:
+                command.timed_out, command.deadline = True, None
+                command.signal(9)
+        for port in (self.control, self.mux.port):
+            if len(port.out) > OUTBOX_LOST:
+                port.out.clear()
+        if self.control.closed and self.options["--control"]:
+            self.control.read(1)
+        if self.session is not None and self.seed["state"] != "pending":
+            if self.listeners is None:
+                self.listeners = Listeners()
+            changed = self.listeners.changed()
+            if changed is not None:
+                self.send({"event": "listeners", "tcp": changed})
+
+    def post(self, function, *args):
+        """From another thread: have the loop call this."""
+        self.posted.append((function, args))
+        os.write(self.wake_write, b"x")
+
+    def on_wake(self, _events):
+        os.read(self.wake_read, 4096)
+        while self.posted:
+            function, args = self.posted.popleft()
+            function(*args)
+
+    def in_thread(self, number, function, *args):
+        def work():
+            try:
+                answer = {"id": number, "ok": True, **(function(*args) or {})}
+            except Exception as error:
+                answer = {"id": number, "error": f"{type(error).__name__}: {error}"}
+            self.post(self.send, answer)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    # Control messages.
+
+    def send(self, message):
+        """To the host, if there is one: without a session nobody would read it."""
+        if self.session is not None:
+            self.control.out += json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+    def on_control(self, _events=0):
+        self.lines += self.control.read()
+        while True:
+            at = self.lines.find(b"\n")
+            if at < 0:
+                break
+            line = bytes(self.lines[:at])
+            del self.lines[: at + 1]
+            if line.strip():
+                self.on_line(line)
+        if len(self.lines) > MAX_LINE:
+            self.lines.clear()
+            self.send({"event": "garbage", "message": "a line longer than a message may be"})
+
+    def on_line(self, line):
+        try:
+            message = json.loads(line)
+            operation = getattr(self, "op_" + message["op"], None)
+        except (ValueError, KeyError, TypeError):
+            self.send({"event": "garbage", "message": line[:80].decode(errors="replace")})
+            return
+        number = message.get("id")
+        if operation is None:
+            self.send({"id": number, "error": f"unknown operation {message['op']!r}"})
+            return
+        if self.session is None and message["op"] != "hello":
+            return
+        try:
+            answer = operation(message)
+        except (OSError, Failure, KeyError, ValueError, TypeError, AttributeError) as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        if answer is not None:
+            self.send({"id": number, **answer})
+
+    def op_hello(self, message):
+        """A new session: whoever was here before is gone, and so is what it began."""
+        for command in list(self.commands.values()):
+            command.signal(15)
+            command.signal(9)
+        self.uploads.clear()
+        self.control.out.clear()
+        self.session = message["nonce"]
+        self.control.out += b"\n"
+        self.listeners = None
+        return {"ok": True, "nonce": self.session, "version": VERSION, "pid": os.getpid(),
+                "boot_id": (read("/proc/sys/kernel/random/boot_id") or b"").decode().strip(),
+                "digest": sha256(read(os.path.abspath(__file__)) or b""), "seed": self.seed,
+                "uptime": time.clock_gettime(time.CLOCK_BOOTTIME)}
+
+    def op_exec(self, message):
+        number = message["id"]
+        try:
+            self.commands[number] = Command(self, number, message)
+        except (OSError, KeyError) as error:
+            code = 127 if isinstance(error, FileNotFoundError) else 126
+            self.send({"id": number, "err": b64(f"{message['argv'][0]}: {error}\n".encode())})
+            return {"exit": code, "timed_out": False}
+        return None
+
+    def op_stdin(self, message):
+        command = self.commands.get(message["id"])
+        if command is not None:
+            command.feed(unb64(message.get("data") or ""), end=bool(message.get("eof")))
+
+    def op_ack(self, message):
+        command = self.commands.get(message["id"])
+        if command is not None:
+            command.acknowledge(message["bytes"])
+
+    def op_signal(self, message):
+        command = self.commands.get(message["id"])
+        if command is not None:
+            command.signal(message["signal"])
+
+    def collect(self, message):
+        """The whole of an upload that comes in several messages; None until its last."""
+        parts = self.uploads.setdefault(message["id"], bytearray())
+        parts += unb64(message["data"])
+        if message.get("more"):
+            return None
+        return bytes(self.uploads.pop(message["id"]))
+
+    def op_write_file(self, message):
+        data = self.collect(message)
+        if data is not None:
+            owner = tuple(message["owner"]) if message.get("owner") else None
+            self.in_thread(message["id"], lambda: {
+                "changed": write_atomic(message["path"], data, message.get("mode", 0o644), owner)})
+
+    def op_set_clock(self, message):
+        """Nanoseconds since the epoch; small differences are left to settle by themselves."""
+        off = message["time"] - time.time_ns()
+        if abs(off) > 50_000_000:
+            time.clock_settime_ns(time.CLOCK_REALTIME, message["time"])
+        return {"ok": True, "off": off, "changed": abs(off) > 50_000_000}
+
+    def op_mount(self, message):
+        user = {**self.user(), **(message.get("user") or {})}
+        self.in_thread(message["id"], lambda: {"changed": mount_9p(message, user)})
+
+    def op_umount(self, message):
+        def work():
+            if mounted_at(message["target"]) is None:
+                return {"changed": False}
+            sys_umount(message["target"], MNT_DETACH if message.get("lazy") else 0)
+            return {"changed": True}
+
+        self.in_thread(message["id"], work)
+
+    def op_apply(self, message):
+        raw = json.dumps(message["document"], sort_keys=True).encode()
+        self.in_thread(message["id"], lambda: {"seed": self.personalise(raw)})
+
+    def op_streams(self, message):
+        self.mux.begin(unb64(message["marker"]))
+        return {"ok": True}
+
+    def op_shutdown(self, message):
+        """Answer, then go down without waiting for anybody's leave."""
+        import subprocess
+
+        verb = "reboot" if message.get("reboot") else "poweroff"
+        argv = ["systemctl", "--no-block", verb] if os.path.isdir("/run/systemd/system") else [verb]
+        subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+        return {"ok": True}
+
+    def op_update(self, message):
+        """Replace this file and become it, keeping the ports: the next `started` event comes from the new one."""
+        data = self.collect(message)
+        if data is None:
+            return
+        if self.commands:
+            raise Failure("commands are running")
+        compile(data, "agent.py", "exec")  # a file that Python cannot read must not lock us out
+        path = os.path.abspath(__file__)
+        changed = write_atomic(path, data, 0o755)
+        self.send({"id": message["id"], "ok": True, "changed": changed})
+        os.set_blocking(self.control.fd, True)
+        self.control.flush()
+        fds = {"--control": self.control.fd, "--streams": self.mux.port.fd}
+        argv = [sys.executable, "-I", "-S", path]
+        for option, value in self.options.items():
+            if option in fds:
+                os.set_inheritable(fds[option], True)
+                argv += [option, f"fd:{fds[option]}"]
+            elif value:
+                argv += [option, value]
+        os.execv(sys.executable, argv)
+
+    # The seed.
+
+    def user(self):
+        return self.seed.get("user") or {}
+
+    def personalise(self, raw):
+        document = json.loads(raw)
+        report = Personality(document, self.options["--root"]).apply(sha256(raw))
+        self.env = document.get("env") or {}
+        state = "failed" if report["errors"] else "applied"
+        self.seed = {"state": state, **report, "user": document.get("user")}
+        return self.seed
+
+    def apply_seed(self):
+        """At our start, in a thread: the host may talk to us meanwhile, and hears when it is done."""
+        try:
+            raw = load_seed(self.options["--seed"])
+            if raw is None:
+                self.seed = {"state": "absent"}
+            else:
+                self.personalise(raw)
+        except Exception as error:
+            self.seed = {"state": "failed", "errors": [{"step": "seed", "message": f"{type(error).__name__}: {error}"}]}
+            log("seed:", error)
+        notify_ready()
+        self.post(lambda: self.send({"event": "seed", **self.seed}))
+
+    def start(self):
+        # Whoever listens already learns that this is a new agent; without a host the line goes nowhere.
+        self.control.out += b"\n" + json.dumps({"event": "started", "pid": os.getpid()}).encode() + b"\n"
+        self.control.flush()
+        self.control.out.clear()
+        threading.Thread(target=self.apply_seed, daemon=True).start()
+        self.run()
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    options = {"--control": None, "--streams": None, "--seed": None, "--root": "/"}
+    while argv:
+        if argv[0] not in options or len(argv) < 2:
+            print(__doc__, file=sys.stderr)
+            return 2
+        options[argv[0]], argv = argv[1], argv[2:]
+    import signal
+
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    Agent(options).start()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
