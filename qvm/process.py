@@ -139,14 +139,18 @@ def spawn_detached(
     log: Path,
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
+    umask: int = -1,
 ) -> subprocess.Popen[bytes]:
-    """Start a program that outlives us: own session, no terminal, both outputs appended to `log` (0600)."""
+    """Start a program that outlives us: own session, no terminal, both outputs appended to `log` (0600).
+
+    `umask` is the program's file mode creation mask (-1: ours).
+    """
     words = _strings(argv)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True, cwd="/",
-            env=None if env is None else {**os.environ, **env}, pass_fds=tuple(pass_fds),
+            env=None if env is None else {**os.environ, **env}, pass_fds=tuple(pass_fds), umask=umask,
         )
     except FileNotFoundError as error:
         raise _missing(words) from error
