@@ -1,0 +1,90 @@
+"""image list, build, pull, rm."""
+
+from __future__ import annotations
+
+import click
+
+from qvm.cli import render
+from qvm.cli.invocation import Invocation, common_options
+from qvm.cli.lazy import suggest
+from qvm.cli.options import complete_image
+from qvm.cli.output import emit
+from qvm.config.settings import BY_KEY
+
+_ALIASES = {"ls": "list", "remove": "rm", "fetch": "pull"}
+
+
+class ImageGroup(click.Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = _ALIASES.get(args[0], args[0])
+        if not word.startswith("-") and word not in self.commands:
+            raise click.UsageError(f"unknown verb {args[0]!r}{suggest(word, list(self.commands))}", ctx)
+        return super().resolve_command(ctx, [word, *args[1:]])
+
+
+_name = click.argument("name", metavar="[IMAGE]", required=False, shell_complete=complete_image)
+_arch = click.option(
+    "-a", "--arch", metavar="ARCH", help="Architecture. [host]",
+    shell_complete=lambda ctx, param, incomplete: [
+        name for name in ("x86_64", "aarch64") if name.startswith(incomplete)
+    ],
+)  # fmt: skip
+
+
+def _default_image() -> str:
+    return BY_KEY["image"].default_text
+
+
+@click.group(cls=ImageGroup, no_args_is_help=False, epilog="Example: qvm image list")
+def image() -> None:
+    """List, build, fetch and remove images."""
+
+
+@image.command("list", epilog="Example: qvm image list --json")
+@common_options(name=False)
+def list_images(invocation: Invocation, /) -> None:
+    """List the catalogue and what is in the cache."""
+    from qvm.commands.image import list_images as do_list
+
+    emit(invocation, do_list(), render.render_images)
+
+
+@image.command(epilog="Example: qvm image build debian-13")
+@common_options(name=False)
+@_name
+@_arch
+@click.option("-f", "--force", is_flag=True, help="Build anew even where the cache has it.")
+def build(invocation: Invocation, /, *, name: str | None, arch: str | None, force: bool) -> None:
+    """Build an image from its recipe."""
+    from qvm.commands.image import build as do_build
+
+    with invocation.progress() as progress:
+        result = do_build(name or _default_image(), arch, force=force, progress=progress)
+    emit(invocation, result, render.render_image, essential=False)
+
+
+@image.command(epilog="Example: qvm image pull debian-13-cloud")
+@common_options(name=False)
+@_name
+@_arch
+def pull(invocation: Invocation, /, *, name: str | None, arch: str | None) -> None:
+    """Have an image in the cache, by download or build."""
+    from qvm.commands.image import pull as do_pull
+
+    with invocation.progress() as progress:
+        result = do_pull(name or _default_image(), arch, progress=progress)
+    emit(invocation, result, render.render_image, essential=False)
+
+
+@image.command("rm", epilog="Example: qvm image rm debian-13")
+@common_options(name=False)
+@click.argument("name", metavar="IMAGE", shell_complete=complete_image)
+def remove(invocation: Invocation, /, *, name: str) -> None:
+    """Remove an image, by name or id, from the cache."""
+    from qvm.commands.image import remove as do_remove
+
+    with invocation.progress() as progress:
+        result = do_remove(name, progress=progress)
+    emit(invocation, result, render.render_removed, essential=False)

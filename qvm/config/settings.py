@@ -1,0 +1,177 @@
+"""THE table of settings: what can be wished for, how it is spelled everywhere, and what holds where nothing is said.
+
+One row drives the flags of `qvm start`, shell completion, the profile file's loader, the JSON Schema and the table in
+the documentation. A new setting is a new row (and a field of `qvm.config.model.Config`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qvm.arch import host_arch
+from qvm.config import validate
+from qvm.config.context import Context, Problem
+from qvm.config.kinds import ArchName, Count, Kind, Mounts, Size, Switch, Text, TextList, Variables
+from qvm.config.names import DEFAULT_PROFILE
+from qvm.config.plugins import list_runtime_names
+from qvm.units import GiB
+
+
+class Change(enum.Enum):
+    """What may become of a setting once the instance exists."""
+
+    FREE = "at the next start"
+    GROWS = "grows only"
+    FIXED = "fixed after creation"
+
+
+def _nothing_wrong(value: Any, context: Context) -> list[Problem]:
+    return []
+
+
+def _no_remark(value: Any, context: Context) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row."""
+
+    key: str
+    """In the profile file."""
+    field: str
+    """Of Config."""
+    kind: Kind
+    flags: tuple[str, ...]
+    """Short first; for a switch `--on/--off`."""
+    metavar: str
+    help: str
+    example: str
+    """A value as it is typed after the flag."""
+    default: Callable[[Context], Any]
+    default_text: str
+    """The default for people."""
+    env: str | None = None
+    """The environment variable that may give it."""
+    change: Change = Change.FREE
+    sticky: bool = False
+    """The default depends on where the first start was typed: later starts keep what it was."""
+    choices: Callable[[], Sequence[str]] | None = None
+    """The only values there are; asked late, for it may be costly."""
+    validate: Callable[[Any, Context], list[Problem]] = _nothing_wrong
+    remark: Callable[[Any, Context], str | None] = _no_remark
+    """A note on a value that is allowed; told of explicit values."""
+    remark_default: Callable[[Any, Context], str | None] = _no_remark
+    """A note on the value that came about by default."""
+
+    @property
+    def flag(self) -> str:
+        """The long flag, for messages."""
+        return self.flags[-1].split("/")[0]
+
+
+def default_hostname(context: Context) -> str:
+    """`qvm` for the default profile, else `qvm-<profile>` with what host names may not hold replaced."""
+    if context.profile == DEFAULT_PROFILE:
+        return "qvm"
+    return "qvm-" + context.profile.replace("_", "-").replace(".", "-").rstrip("-")
+
+
+def _validate_runtime(value: str, context: Context) -> list[Problem]:
+    from difflib import get_close_matches
+
+    names = list_runtime_names()
+    if value in names:
+        return []
+    near = get_close_matches(value, names, 1)
+    ask = f"did you mean {near[0]}? " if near else ""
+    return [Problem(f"there is no runtime {value!r}; {ask}there are: {', '.join(names)}")]
+
+
+ACCELERATORS = ("auto", "kvm", "hvf", "tcg")
+
+
+def _validate_accel(value: str, context: Context) -> list[Problem]:
+    return [] if value in ACCELERATORS else [Problem(f"{value!r} is not one of {', '.join(ACCELERATORS)}")]
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "cpus", "cpus", Count(), ("-c", "--cpus"), "N", "virtual CPUs", "4",
+        default=lambda context: 2, default_text="2",
+        validate=validate.validate_cpus, remark=validate.remark_cpus,
+    ),
+    Setting(
+        "memory", "memory", Size(), ("-m", "--memory"), "GiB", "memory, in GiB or with a unit", "4GiB",
+        default=lambda context: min(2 * GiB, validate.host_memory()), default_text="2GiB",
+        validate=validate.validate_memory,
+    ),
+    Setting(
+        "disk", "disk", Size(), ("-d", "--disk"), "GiB", "data disk: images, volumes; survives `qvm delete`", "60GiB",
+        default=lambda context: 100 * GiB, default_text="100GiB", change=Change.GROWS,
+        validate=validate.validate_disk,
+    ),
+    Setting(
+        "rootDisk", "root_disk", Size(), ("--root-disk",), "GiB", "root disk: the guest's system", "30GiB",
+        default=lambda context: 20 * GiB, default_text="20GiB", change=Change.GROWS,
+        validate=validate.validate_disk,
+    ),
+    Setting(
+        "arch", "arch", ArchName(), ("-a", "--arch"), "ARCH", "architecture; the host's only, for now", "host",
+        default=lambda context: host_arch().name, default_text="host", change=Change.FIXED,
+        choices=lambda: ("host", "x86_64", "aarch64"), validate=validate.validate_arch,
+    ),
+    Setting(
+        "runtime", "runtime", Text(), ("-r", "--runtime"), "NAME", "what runs containers", "docker",
+        default=lambda context: "containerd", default_text="containerd", env="QVM_DEFAULT_RUNTIME",
+        change=Change.FIXED, choices=list_runtime_names, validate=_validate_runtime,
+    ),
+    Setting(
+        "accel", "accel", Text(), ("--accel",), "NAME", "accelerator; `auto` takes what is proven to work", "tcg",
+        default=lambda context: "auto", default_text="auto",
+        choices=lambda: ACCELERATORS, validate=_validate_accel,
+    ),
+    Setting(
+        "image", "image", Text(), ("-i", "--image"), "NAME", "image to begin with, see `qvm image list`", "debian-13",
+        default=lambda context: "debian-13", default_text="debian-13", change=Change.FIXED,
+        validate=validate.validate_image,
+    ),
+    Setting(
+        "mounts", "mounts", Mounts(), ("-V", "--mount"), "SRC[:DST][:ro]",
+        "host folder in the VM, writable unless :ro; repeatable; `none` for none", "~/src:/src:ro",
+        default=validate.default_mounts, default_text="the working directory, at the same path", sticky=True,
+        validate=validate.validate_mounts, remark_default=validate.remark_default_mounts,
+    ),
+    Setting(
+        "dns", "dns", TextList(), ("-n", "--dns"), "IP", "name server; repeatable", "1.1.1.1",
+        default=lambda context: (), default_text="the host's", validate=validate.validate_dns,
+    ),
+    Setting(
+        "env", "env", Variables(), ("--env",), "KEY=VALUE", "environment variable in the VM; repeatable", "CI=true",
+        default=lambda context: {}, default_text="none", validate=validate.validate_env,
+    ),
+    Setting(
+        "hostname", "hostname", Text(), ("--hostname",), "NAME", "host name of the VM", "build.example",
+        default=default_hostname, default_text="qvm, or qvm-PROFILE", validate=validate.validate_hostname,
+    ),
+    Setting(
+        "sshPort", "ssh_port", Count(), ("--ssh-port",), "PORT", "port of 127.0.0.1 for SSH; 0: any free one", "2222",
+        default=lambda context: 0, default_text="0", validate=validate.validate_ssh_port,
+    ),
+    Setting(
+        "autoActivate", "activate", Switch(), ("--activate/--no-activate",), "",
+        "make it the current docker context", "",
+        default=lambda context: True, default_text="true",
+    ),
+)  # fmt: skip
+
+BY_KEY = {setting.key: setting for setting in SETTINGS}
+BY_FIELD = {setting.field: setting for setting in SETTINGS}
+
+
+def find_setting(name: str) -> Setting | None:
+    """The row with that file key or Config field."""
+    return BY_KEY.get(name) or BY_FIELD.get(name)
