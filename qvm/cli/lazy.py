@@ -1,4 +1,4 @@
-"""A click group that imports a verb's module only when that verb is used, and offers the nearest one for a wrong word."""
+"""A click group that imports a verb's module only when that verb is used, and offers the nearest for a wrong word."""
 
 from __future__ import annotations
 

@@ -1,0 +1,37 @@
+# The commands of a checkout; each installs what it needs first (see scripts/bootstrap.sh).
+
+QVM := .venv/bin/qvm
+PYTEST := .venv/bin/python -m pytest
+CACHE := $(or $(QVM_CACHE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qvm)
+DOCKER_TOOLS := $(CACHE)/test-tools/docker-plugins
+
+.PHONY: help start test test-quick lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
+
+start: ## install what is missing and start a VM; ARGS="dev --runtime docker" adds to `qvm start`
+	@scripts/bootstrap.sh
+	@$(QVM) start $(ARGS)
+	@scripts/show-path-hint.sh
+
+test: ## everything: lint, types, unit, process and vm tests (ARGS adds to pytest)
+	@scripts/bootstrap.sh --test
+	@tests/tools/fetch-docker-plugins.sh "$(DOCKER_TOOLS)"
+	PATH="$$PATH:$(DOCKER_TOOLS)/bin" $(PYTEST) $(ARGS)
+
+test-quick: ## the same without the vm tests
+	@scripts/bootstrap.sh --test
+	$(PYTEST) tests/unit tests/process $(ARGS)
+
+lint: ## ruff, mypy, shellcheck, layering
+	@scripts/bootstrap.sh --test
+	$(PYTEST) tests/unit/test_lint.py tests/unit/test_layering.py $(ARGS)
+
+bench: ## measured figures, phase by phase
+	@scripts/bootstrap.sh
+	.venv/bin/python benchmarks/start.py $(ARGS)
+
+clean: ## remove what the checkout has built (images and VMs stay: see `qvm delete`, `qvm image rm`)
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
