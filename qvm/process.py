@@ -10,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -156,6 +157,35 @@ def spawn_detached(
         raise _missing(words) from error
     finally:
         os.close(fd)
+
+
+@contextmanager
+def converse(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    stderr: IO[bytes],
+    stdin: bool = True,
+    pass_fds: Sequence[int] = (),
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program to talk with over its pipes; it is killed, if it has not ended, when the block ends.
+
+    Its errors go to the file `stderr`, where they can fill no pipe. Raises HostError where it cannot be run.
+    """
+    words = _strings(argv)
+    try:
+        child = subprocess.Popen(
+            words, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
+            cwd="/", pass_fds=tuple(pass_fds),
+        )
+    except FileNotFoundError as error:
+        raise _missing(words) from error
+    except OSError as error:
+        raise HostError(f"cannot run {words[0]!r}: {error.strerror}") from error
+    with child:
+        try:
+            yield child
+        finally:
+            child.kill()
 
 
 def replace(argv: Sequence[str | os.PathLike[str]]) -> None:
