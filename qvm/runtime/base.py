@@ -75,7 +75,10 @@ class Runtime(ABC):
     data_folders: tuple[PurePosixPath, ...] = ()
     """Guest folders that live on the data disk and so survive `delete`."""
     commands: Mapping[str, Sequence[str]] = {}
-    """Client programs to run in the guest: the word users type -> its argv prefix (e.g. nerdctl)."""
+    """Client programs to run in the guest: the word users type -> its argv prefix (e.g. nerdctl).
+
+    The prefix works for the guest's user as well as for root, so it holds sudo where root is needed.
+    """
     units: tuple[str, ...] = ()
     """systemd units in the guest whose journal `qvm logs runtime` shows."""
     start_timeout: float = 180.0
@@ -103,9 +106,19 @@ class Runtime(ABC):
 
     async def teardown(self, guest: Guest, context: RuntimeContext) -> None:
         """Remove what `provision` made; the data folders stay."""
+        return
 
-    def activate(self, context: RuntimeContext, *, switch: bool) -> None:
-        """Publish to the host's clients (contexts); `switch` makes it the current one, remembering what was."""
+    def activate(self, context: RuntimeContext, *, switch: bool) -> list[str]:
+        """Publish to the host's clients (contexts); `switch` makes it the current one, remembering what was.
 
-    def deactivate(self, context: RuntimeContext, *, remove: bool) -> None:
-        """Undo the switch; `remove` (at a delete) takes the published entry away. Touches nothing of the user's."""
+        Returns notes for the user, one line each (what stands in the way, such as DOCKER_HOST). What belongs to the
+        user and cannot be changed safely is a note, never an exception: the instance runs all the same.
+        """
+        return []
+
+    def deactivate(self, context: RuntimeContext, *, remove: bool) -> list[str]:
+        """Undo the switch; `remove` (at a delete) takes the published entry away. Touches nothing of the user's.
+
+        Idempotent, and called for instances that were never activated. Returns notes, as `activate` does.
+        """
+        return []
