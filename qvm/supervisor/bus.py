@@ -34,8 +34,8 @@ class Bus:
 
     async def watch(self) -> AsyncIterator[dict[str, Any]]:
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
-        for entry in self.history:
-            queue.put_nowait(entry)
+        for past in self.history:
+            queue.put_nowait(past)
         if self._closed:
             queue.put_nowait(None)
         self._queues.add(queue)

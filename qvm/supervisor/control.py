@@ -61,7 +61,7 @@ async def _converse(
 async def _answer(line: bytes, handlers: dict[str, Handler], send: Send) -> dict[str, Any]:
     try:
         request = json.loads(line)
-        handler = handlers.get(request.get("op")) if isinstance(request, dict) else None
+        handler = handlers.get(str(request.get("op"))) if isinstance(request, dict) else None
         if handler is None:
             raise UsageError(f"unknown request {line[:80]!r}")
         return {"result": await handler(request, send)}

@@ -18,6 +18,8 @@ from typing import Any
 from qvm.arch import find_arch
 from qvm.errors import InstanceStateError, NotReadyError, QvmError
 from qvm.filenames import Files
+from qvm.guest.requirements import wait_until_ready
+from qvm.guest.ssh import SshTarget
 from qvm.image.store import Image, load_image
 from qvm.instance.record import Record, Run
 from qvm.instance.store import clear_run, find_run, load_record, save_run
@@ -25,7 +27,6 @@ from qvm.log import get_logger
 from qvm.qemu.machine import start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe import probe_qemu
-from qvm.guest.requirements import wait_until_ready
 from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.runtime.registry import load_runtime
 from qvm.supervisor.assemble import build_spec
@@ -95,7 +96,11 @@ class Supervisor:
 
     async def _make_ready(self) -> None:
         assert self.run is not None
-        self.link = GuestLink(self.files, self.run.ssh_port, publish=self.bus.publish)
+        target = SshTarget(
+            self.run.ssh_port, self.record.user.name, self.files.ssh_key,
+            self.files.ssh_host_key.with_suffix(".pub").read_text().strip(),
+        )
+        self.link = GuestLink(self.files, target, publish=self.bus.publish, on_new_session=self._serve_again)
         said_hello = asyncio.ensure_future(self.link.open())
         parts = ReadyParts(self.record, self.link.channel, self.runtime, self.context, self.run.ssh_port,
                            self.files.serial_log)
@@ -116,6 +121,14 @@ class Supervisor:
         self.phase = "running"
         self.bus.publish("ready")
         log.info("ready")
+
+    async def _serve_again(self) -> None:
+        """The guest rebooted or its agent crashed: what is not enabled at its boot is started once more."""
+        link = self.require_link()
+        await link.channel.wait_for_seed()
+        await self.runtime.provision(link.channel, self.context)
+        await self.runtime.start(link.channel, self.context)
+        self.bus.publish("note", text="the guest started anew")
 
     async def _unless_qemu_ends(self, work: Any) -> None:
         """Await `work`, but not past QEMU's own end: a dead QEMU fails the start at once, not at a deadline."""

@@ -63,7 +63,7 @@ def watch_until_ready(profile: str, on_event: Callable[[Event], None]) -> None:
             outcome.append(event)
 
     call(Files(profile).control_socket, "watch", on_event=see, timeout=None)
-    last = outcome[-1] if outcome else {"event": "ended"}
+    last: Event = outcome[-1] if outcome else {"event": "ended"}
     if last["event"] == "failed":
         raise error_from_dict(last["error"])
     if last["event"] != "ready":

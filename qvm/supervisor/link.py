@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from qvm.errors import QvmError
 from qvm.filenames import Files
-from qvm.guest.channel import AgentChannel, Hello
+from qvm.guest.channel import AgentChannel
+from qvm.guest.dial import Connection, Dialer
 from qvm.guest.forward import PortForwarder
 from qvm.guest.sockets import SocketForwarder
+from qvm.guest.ssh import SshConnection, SshTarget
 from qvm.guest.streams import StreamMux
 from qvm.log import get_logger
+from qvm.paths import share_dir
 from qvm.runtime.base import HostSocket
 
 log = get_logger(__name__)
@@ -20,36 +23,80 @@ log = get_logger(__name__)
 SHUTDOWN_ASK_TIMEOUT = 5.0
 
 
+class PreferStreams:
+    """A `Dialer`: the agent's byte streams while they live, else SSH.
+
+    Streams come first because they cost no handshake and no cipher (ARCHITECTURE.md has the figures); SSH is connected
+    only when they are down, so paramiko is not even loaded otherwise.
+    """
+
+    def __init__(self, streams: StreamMux, ssh: SshConnection) -> None:
+        self._streams = streams
+        self._ssh = ssh
+
+    def _dialer(self) -> Dialer:
+        return self._streams if self._streams.live else self._ssh
+
+    async def open_tcp(self, host: str, port: int) -> Connection:
+        return await self._dialer().open_tcp(host, port)
+
+    async def open_unix(self, path: str) -> Connection:
+        return await self._dialer().open_unix(path)
+
+
 class GuestLink:
     """Made once per QEMU process; `open` waits for the guest's agent, `close` lets go of everything on the host."""
 
-    def __init__(self, files: Files, ssh_port: int, *, publish: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        files: Files,
+        ssh: SshTarget,
+        *,
+        publish: Callable[..., None],
+        on_new_session: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`on_new_session` runs after the agent has started anew (a guest reboot, a crash) and answers again."""
         self._files = files
         self._publish = publish
+        self._on_new_session = on_new_session
+        self._again: asyncio.Task[None] | None = None
+        self._ssh = SshConnection(ssh)
         self.channel = AgentChannel(on_event=self._on_agent_event)
-        self.streams = StreamMux()
-        self._forwarder = PortForwarder(self.streams, ignore={22, ssh_port}, on_event=self._on_forward)
+        self.streams = StreamMux(self.channel)
+        self._dialer = PreferStreams(self.streams, self._ssh)
+        self._forwarder = PortForwarder(self._dialer, ignore={22, ssh.port}, on_event=self._on_forward)
         self._sockets: list[SocketForwarder] = []
 
     async def open(self) -> None:
+        """Connect and begin: agent up to date, clock right, streams and listener reports running."""
         await self.channel.connect(self._files.agent_socket)
-        hello: Hello = await self.channel.hello(timeout=None)
-        log.info("the agent answered: %s", hello)
+        hello = await self.channel.hello(timeout=None)
+        log.info("the agent answered %.1f s after its kernel started", hello.uptime)
+        if await self.channel.update((share_dir("cloud-init") / "agent.py").read_bytes()):
+            log.info("the guest's agent was another version and has been replaced")
         await self.streams.connect(self._files.stream_socket)
         await self.channel.set_clock()
         await self.channel.watch_listeners()
 
     async def open_sockets(self, wanted: Sequence[HostSocket]) -> None:
         for socket in wanted:
-            forwarder = SocketForwarder(
-                self._files.host_socket(socket.name), str(socket.guest_path), self.streams
-            )
+            forwarder = SocketForwarder(self._files.host_socket(socket.name), str(socket.guest_path), self._dialer)
             await forwarder.start()
             self._sockets.append(forwarder)
 
     def _on_agent_event(self, event: dict[str, Any]) -> None:
-        if event.get("event") == "listeners":
+        if event["event"] == "listeners":
             self._forwarder.set_listeners([(str(host), int(port)) for host, port in event["tcp"]])
+        elif event["event"] == "session":
+            self._again = asyncio.ensure_future(self._begin_again())
+
+    async def _begin_again(self) -> None:
+        try:
+            await self.channel.set_clock()
+            await self._on_new_session()
+        except QvmError as error:
+            log.exception("the guest could not be taken up again")
+            self._publish("note", text=f"the guest started anew, but: {error.message}")
 
     def _on_forward(self, event: dict[str, Any]) -> None:
         log.info("forward: %s", event)
@@ -70,9 +117,13 @@ class GuestLink:
         return {forwarder.host_path.stem: str(forwarder.host_path) for forwarder in self._sockets}
 
     async def close(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+            await asyncio.gather(self._again, return_exceptions=True)
         for forwarder in self._sockets:
             await forwarder.close()
         self._sockets = []
         await self._forwarder.close()
         await self.streams.close()
+        await self._ssh.close()
         await self.channel.close()

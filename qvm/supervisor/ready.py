@@ -6,8 +6,9 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvm.errors import NotReadyError, QvmError
+from qvm.errors import GuestError, NotReadyError, QvmError
 from qvm.guest.channel import AgentChannel
+from qvm.guest.mounts import ensure_mounts
 from qvm.guest.requirements import Requirement
 from qvm.instance.record import Record
 from qvm.runtime.base import Runtime, RuntimeContext
@@ -15,6 +16,7 @@ from qvm.wait import backoff
 
 # Generous: a guest under software emulation on a busy host takes tens of seconds where hardware takes two.
 AGENT_TIMEOUT = 240.0
+SEED_TIMEOUT = 120.0
 MOUNTS_TIMEOUT = 60.0
 SSH_TIMEOUT = 120.0
 SERIAL_TAIL = 25
@@ -38,9 +40,13 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
     async def check_agent() -> None:
         await asyncio.shield(agent)
 
+    async def check_seed() -> None:
+        seed = await parts.channel.wait_for_seed()
+        if seed.state == "failed":
+            raise GuestError("the guest could not be set up", details="\n".join(seed.errors))
+
     async def check_mounts() -> None:
-        for number, mount in enumerate(parts.record.config.mounts):
-            await parts.channel.mount(f"qvm{number}", str(mount.target), readonly=not mount.writable)
+        await ensure_mounts(parts.channel, parts.record.config.mounts)
 
     async def check_runtime() -> None:
         await parts.runtime.provision(parts.channel, parts.context)
@@ -61,18 +67,20 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
                     "shows its console", check_agent),
         Requirement("ssh", SSH_TIMEOUT, "sshd in the guest does not answer; see `qvm logs serial`", check_ssh,
                     after=("agent",)),
+        Requirement("seed", SEED_TIMEOUT, "user, keys or data disk could not be set up; see `qvm logs serial`",
+                    check_seed, after=("agent",)),
     ]
-    after_agent: tuple[str, ...] = ("agent",)
+    settled: tuple[str, ...] = ("seed",)
     if parts.record.config.mounts:
         requirements.append(
             Requirement("mounts", MOUNTS_TIMEOUT, "a host folder could not be mounted; `qvm start --mount none` "
-                        "starts without", check_mounts, after=after_agent)
+                        "starts without", check_mounts, after=settled)
         )
-        after_agent = ("agent", "mounts")
+        settled = ("mounts",)
     if parts.runtime.name != "none":
         requirements.append(
             Requirement("runtime", parts.runtime.start_timeout, f"{parts.runtime.name} in the guest does not answer; "
-                        "`qvm logs runtime` shows its journal", check_runtime, after=after_agent)
+                        "`qvm logs runtime` shows its journal", check_runtime, after=settled)
         )
     return requirements
 
