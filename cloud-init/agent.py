@@ -138,7 +138,7 @@ def device_size(fd):
 
 
 def read_iso_file(path, name):
-    """A file of an ISO 9660 image's root directory by its level-1 name (ECMA-119 8.4, 9.1); None without it.
+    """A file of an ISO 9660 image's root directory by its plain name (ECMA-119 8.4, 9.1); None without it.
 
     Read straight from the disk: mounting would load a module and leave something to unmount.
     """
@@ -345,6 +345,8 @@ class Personality:
         if uid == 0:
             return
         shell = user.get("shell", "/bin/bash")
+        if not os.path.exists(self.path(shell)):
+            shell = "/bin/sh"
         groups = self.table("/etc/group")
         if not any(row[2] == str(gid) for row in groups):
             free = name if all(row[0] != name for row in groups) else f"{name}-qvm"
@@ -541,7 +543,8 @@ class Listeners:
     STALE = "/run/qvm-cni-stale"
     REQUEST = struct.Struct("=IHHIIBBBBI48x")
 
-    def __init__(self):
+    def __init__(self, root="/"):
+        self.results_folder, self.stale_file = root.rstrip("/") + self.RESULTS, root.rstrip("/") + self.STALE
         self.netlink = None
         self.last = None
         self.published = set()
@@ -551,15 +554,15 @@ class Listeners:
 
     def load_stale(self):
         """Results left by an unclean end of an earlier boot belong to no container; learnt once in each boot."""
-        known = read(self.STALE)
+        known = read(self.stale_file)
         if known is None:
             known = "".join(f"{name} {mtime}\n" for name, mtime in self.results()).encode()
-            write_atomic(self.STALE, known, 0o600)
+            write_atomic(self.stale_file, known, 0o600)
         return set(known.decode().splitlines())
 
     def results(self):
         try:
-            with os.scandir(self.RESULTS) as entries:
+            with os.scandir(self.results_folder) as entries:
                 return sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
         except OSError:
             return []
@@ -613,7 +616,7 @@ class Listeners:
 
     def redirected(self):
         try:
-            stamp = os.stat(self.RESULTS).st_mtime_ns
+            stamp = os.stat(self.results_folder).st_mtime_ns
         except OSError:
             stamp = 0
         if stamp != self.seen:
@@ -623,7 +626,7 @@ class Listeners:
             self.again -= 1
             self.published = {
                 port for name, mtime in self.results() if f"{name} {mtime}" not in self.stale
-                for port in self.mappings(read(f"{self.RESULTS}/{name}") or b"")
+                for port in self.mappings(read(f"{self.results_folder}/{name}") or b"")
             }
         return self.published
 
@@ -1140,9 +1143,7 @@ class Agent:
                 port.out.clear()
         if self.control.closed and self.options["--control"]:
             self.control.read(1)
-        if self.session is not None and self.seed["state"] != "pending":
-            if self.listeners is None:
-                self.listeners = Listeners()
+        if self.session is not None and self.listeners is not None:
             changed = self.listeners.changed()
             if changed is not None:
                 self.send({"event": "listeners", "tcp": changed})
@@ -1204,21 +1205,19 @@ class Agent:
             return
         try:
             answer = operation(message)
-        except (OSError, Failure, KeyError, ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # a request that cannot be done must not end the agent
             answer = {"error": f"{type(error).__name__}: {error}"}
         if answer is not None:
             self.send({"id": number, **answer})
 
     def op_hello(self, message):
         """A new session: whoever was here before is gone, and so is what it began."""
-        for command in list(self.commands.values()):
-            command.signal(15)
-            command.signal(9)
-        self.uploads.clear()
-        self.control.out.clear()
-        self.session = message["nonce"]
-        self.control.out += b"\n"
-        self.listeners = None
+        if message["nonce"] != self.session:
+            for command in self.commands.values():
+                command.signal(9)
+            self.uploads.clear()
+            self.control.out[:] = b"\n"
+            self.session, self.listeners = message["nonce"], None
         return {"ok": True, "nonce": self.session, "version": VERSION, "pid": os.getpid(),
                 "boot_id": (read("/proc/sys/kernel/random/boot_id") or b"").decode().strip(),
                 "digest": sha256(read(os.path.abspath(__file__)) or b""), "seed": self.seed,
@@ -1287,6 +1286,10 @@ class Agent:
     def op_apply(self, message):
         raw = json.dumps(message["document"], sort_keys=True).encode()
         self.in_thread(message["id"], lambda: {"seed": self.personalise(raw)})
+
+    def op_listeners(self, message):
+        self.listeners = Listeners(self.options["--root"])
+        return {"ok": True, "tcp": self.listeners.changed()}
 
     def op_streams(self, message):
         self.mux.begin(unb64(message["marker"]))

@@ -1,0 +1,198 @@
+"""What the host can ask of the agent in a guest. The wire is `qvm.guest.wire`, the messages `qvm.guest.protocol`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from qvm.errors import DeadlineError, GuestCommandError
+from qvm.execresult import ExecResult
+from qvm.guest.guestprocess import GuestProcess
+from qvm.guest.protocol import Hello as Hello
+from qvm.guest.protocol import SeedState
+from qvm.guest.wire import AgentWire, Event
+
+_INLINE_INPUT = 64 << 10
+_ANSWER_GRACE = 10.0
+"""Seconds beyond its own deadline that the agent has to say so; generous, for software emulation."""
+
+
+class AgentChannel(AgentWire):
+    """Requests to the agent, many at once, and its events. Satisfies `qvm.runtime.base.Guest`.
+
+    Use: make it in a running event loop, `connect`, `hello`, then anything. `on_event` is called from the loop with
+    every event message of the session.
+    """
+
+    def __init__(self, on_event: Callable[[Event], None] | None = None) -> None:
+        super().__init__(on_event)
+        self.listeners: tuple[tuple[str, int], ...] = ()
+        """Address and port of what listens in the guest, after `watch_listeners`."""
+        self._seed = SeedState("pending")
+        self._seed_done = asyncio.Event()
+        self._watching = False
+        self.session_hooks.append(self._watch_again)
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+        check: bool = True,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> ExecResult:
+        """Run `argv` to its end, as root or `user`, with its output captured.
+
+        GuestCommandError on a non-zero exit when `check`; DeadlineError after `timeout` seconds (it is killed).
+        """
+        process = self.start_process(argv, input=input, env=env, timeout=timeout, cwd=cwd, user=user)
+        output: dict[str, list[bytes]] = {"out": [], "err": []}
+        late = f"{argv[0]} did not end within {timeout:g} s in the guest"
+        try:
+            async with asyncio.timeout(timeout + _ANSWER_GRACE):
+                async for name, data in process:
+                    output[name].append(data)
+                code = await process.wait()
+        except TimeoutError:
+            raise DeadlineError(late) from None
+        finally:
+            process.close()
+        result = ExecResult(code, b"".join(output["out"]), b"".join(output["err"]))
+        if process.timed_out:
+            raise DeadlineError(late, details=_tail(result))
+        if check and code != 0:
+            raise GuestCommandError(f"{' '.join(argv)[:200]} failed in the guest with exit code {code}",
+                                    details=_tail(result))
+        return result
+
+    def start_process(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bool = False,
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> GuestProcess:
+        """Start `argv`; with `stdin` its input stays open for `GuestProcess.write`. Close the process when done.
+
+        A program that cannot be run ends with 127 or 126 and says why on its standard error, as in a shell.
+        """
+        data = input or b""
+        inline = len(data) <= _INLINE_INPUT
+        number = self._next_number()
+        message: dict[str, Any] = {"id": number, "op": "exec", "argv": list(argv), "stdin": stdin or not inline,
+                                   "env": dict(env or {}), "cwd": cwd, "user": user, "timeout": timeout}
+        if inline and data:
+            message["input"] = b64encode(data).decode()
+        self._send(message)
+        process = self._processes[number] = GuestProcess(number, self._send, self._forget_process)
+        if not inline:
+            process.feed_in_background(data, eof=not stdin)
+        return process
+
+    async def write_file(
+        self, path: PurePosixPath, data: bytes, *, mode: int = 0o644, owner: tuple[int, int] | None = None
+    ) -> bool:
+        """Write a file atomically, parents made; True where content, mode or owner differed from before."""
+        extra = {"path": str(path), "mode": mode} | ({"owner": list(owner)} if owner else {})
+        answer = await self._upload("write_file", data, extra)
+        return bool(answer["changed"])
+
+    async def set_clock(self, *, timeout: float = 10.0) -> float:
+        """Give the guest the host's time; returns by how many seconds it was off (differences < 50 ms are left)."""
+        answer = await self.request("set_clock", time=time.time_ns(), timeout=timeout)
+        return float(answer["off"]) / 1e9
+
+    async def mount(
+        self, tag: str, target: str | PurePosixPath, *, readonly: bool = False, timeout: float = 60.0
+    ) -> bool:
+        """Mount the 9p share `tag`, making the folder; True where it was not mounted yet."""
+        answer = await self.request("mount", tag=tag, target=str(target), writable=not readonly, timeout=timeout)
+        return bool(answer["changed"])
+
+    async def umount(self, target: str | PurePosixPath, *, lazy: bool = False, timeout: float = 30.0) -> bool:
+        """True where something was mounted there."""
+        answer = await self.request("umount", target=str(target), lazy=lazy, timeout=timeout)
+        return bool(answer["changed"])
+
+    async def personalise(self, document: Mapping[str, Any], *, timeout: float = 60.0) -> SeedState:
+        """Apply a seed document now (`qvm.seed.render.seed_document`): what makes a fork an instance of its own."""
+        answer = await self.request("apply", document=dict(document), timeout=timeout)
+        return SeedState.from_message(answer["seed"])
+
+    async def wait_for_seed(self) -> SeedState:
+        """Waits until the agent is through with the seed (user, keys, disks, mounts), well or not."""
+        await self._seed_done.wait()
+        return self._seed
+
+    async def watch_listeners(self) -> tuple[tuple[str, int], ...]:
+        """From now on `listeners` events come and `listeners` is kept; the first event is this answer."""
+        answer = await self.request("listeners", timeout=30.0)
+        self._watching = True
+        self._on_event({"event": "listeners", "tcp": answer["tcp"]})
+        return self.listeners
+
+    async def begin_streams(self, marker: bytes) -> None:
+        """Tell the agent that the stream port starts anew behind `marker`."""
+        await self.request("streams", marker=b64encode(marker).decode(), timeout=30.0)
+
+    async def shutdown(self, *, reboot: bool = False) -> None:
+        """Ask the guest's init to go down; returns when it has been asked."""
+        await self.request("shutdown", reboot=reboot, timeout=20.0)
+
+    async def update(self, source: bytes, *, timeout: float = 60.0) -> bool:
+        """Have the agent become `source` where it is another; a new session has begun when this returns True.
+
+        GuestError where the agent refuses: it does not compile, or commands are running.
+        """
+        if self.greeting is not None and self.greeting.digest == hashlib.sha256(source).hexdigest():
+            return False
+        self._restart = asyncio.get_running_loop().create_future()
+        try:
+            await self._upload("update", source, {})
+            async with asyncio.timeout(timeout):
+                await self._restart
+        except TimeoutError:
+            raise DeadlineError(f"the updated agent did not start within {timeout:g} s") from None
+        finally:
+            self._restart = None
+        await self.hello(timeout)
+        await self._begin_session()
+        return True
+
+    async def hello(self, timeout: float | None = 60.0) -> Hello:
+        greeting = await super().hello(timeout)
+        self._note_seed(greeting.seed)
+        return greeting
+
+    async def _watch_again(self) -> None:
+        if self._watching:
+            await self.watch_listeners()
+
+    def _on_event(self, message: Event) -> None:
+        if message["event"] == "listeners":
+            self.listeners = tuple((str(address), int(port)) for address, port in message["tcp"])
+        elif message["event"] == "seed":
+            self._note_seed(SeedState.from_message(message))
+        super()._on_event(message)
+
+    def _note_seed(self, state: SeedState) -> None:
+        self._seed = state
+        if state.done:
+            self._seed_done.set()
+
+
+def _tail(result: ExecResult) -> str | None:
+    text = (result.stderr or result.stdout).decode(errors="replace").strip()
+    return "\n".join(text.splitlines()[-15:]) or None

@@ -1,0 +1,113 @@
+"""A seed as files: what cloud-init's NoCloud source expects, and the document our agent applies.
+
+qvm's own images boot with cloud-init off and take everything from `qvm.json`; foreign cloud images get the essentials
+from `user-data`, which also installs the agent. The templates are in `cloud-init/`; every value is put in as JSON,
+which is YAML, so no value can change a file's structure.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from base64 import b64encode
+from dataclasses import dataclass
+from string import Template
+from typing import Any
+
+from qvm import paths
+from qvm.errors import ConfigError
+from qvm.seed.data import SeedData, validate_seed
+
+DOCUMENT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Templates:
+    """The texts that `cloud-init/` ships."""
+
+    meta_data: str
+    user_data: str
+    network_config: str
+    agent: bytes
+    installer: bytes
+    unit: bytes
+
+
+def load_templates() -> Templates:
+    folder = paths.share_dir("cloud-init")
+    return Templates(
+        meta_data=(folder / "meta-data.yaml").read_text(),
+        user_data=(folder / "user-data.yaml").read_text(),
+        network_config=(folder / "network-config.yaml").read_text(),
+        agent=(folder / "agent.py").read_bytes(),
+        installer=(folder / "install-agent.sh").read_bytes(),
+        unit=(folder / "qvm-agent.service").read_bytes(),
+    )
+
+
+def seed_document(data: SeedData) -> dict[str, Any]:
+    """What the agent applies, from the seed or over its channel."""
+    document: dict[str, Any] = {
+        "version": DOCUMENT_VERSION,
+        "instance_id": data.instance_id,
+        "hostname": data.hostname,
+        "hosts": dict(data.hosts),
+        "user": {"name": data.user, "uid": data.uid, "gid": data.gid, "home": data.home, "shell": data.shell},
+        "authorized_keys": list(data.authorized_keys),
+        "host_key": data.host_key,
+        "host_key_public": data.host_key_public,
+        "env": dict(data.env),
+        "dns": list(data.dns),
+        "data_folders": list(data.data_folders),
+        "mounts": [
+            {"tag": f"qvm{number}", "target": str(mount.target), "writable": mount.writable}
+            # Outer folders first, so that none hides one mounted inside it.
+            for number, mount in sorted(enumerate(data.mounts), key=lambda item: len(item[1].target.parts))
+        ],
+    }
+    if data.machine_id:
+        document["machine_id"] = data.machine_id
+    return document
+
+
+def render_seed(data: SeedData, *, templates: Templates | None = None) -> dict[str, bytes]:
+    """The files of the seed's ISO by name. ConfigError with every problem where the data would break the guest."""
+    problems = validate_seed(data)
+    if problems:
+        raise ConfigError(problems)
+    texts = templates or load_templates()
+    document = json.dumps(seed_document(data), indent=1, sort_keys=True).encode() + b"\n"
+    return {
+        "meta-data": _fill(texts.meta_data, instance_id=data.instance_id, hostname=data.hostname),
+        "user-data": _fill(
+            texts.user_data,
+            hostname=data.hostname,
+            users=_users(data),
+            disable_root=data.uid != 0,
+            ssh_keys={"ed25519_private": data.host_key, "ed25519_public": data.host_key_public},
+            agent=_packed(texts.agent),
+            installer=_packed(texts.installer),
+            unit=_packed(texts.unit),
+        ),
+        "network-config": _fill(
+            texts.network_config, match={"macaddress": data.mac.lower()} if data.mac else {"name": "e*"}
+        ),
+        "qvm.json": document,
+    }
+
+
+def _users(data: SeedData) -> list[dict[str, Any]]:
+    """cloud-init's users: ours and no default one. The shell is the distribution's own: bash may be missing."""
+    keys = list(data.authorized_keys)
+    if data.uid == 0:
+        return [{"name": "root", "ssh_authorized_keys": keys}]
+    return [{"name": data.user, "uid": data.uid, "homedir": data.home, "sudo": "ALL=(ALL:ALL) NOPASSWD:ALL",
+             "lock_passwd": True, "ssh_authorized_keys": keys}]
+
+
+def _fill(template: str, **values: Any) -> bytes:
+    return Template(template).substitute({name: json.dumps(value) for name, value in values.items()}).encode()
+
+
+def _packed(data: bytes) -> str:
+    return b64encode(gzip.compress(data, mtime=0)).decode()

@@ -1,0 +1,132 @@
+"""Runs the guest's agent as a process of this host, behind what stands in for QEMU's virtio-serial ports."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from qvm.guest.channel import AgentChannel
+
+AGENT = Path(__file__).resolve().parents[2] / "cloud-init" / "agent.py"
+
+
+class PortBridge:
+    """What a virtio-serial port with a socket chardev does: serves one host client at a time at `path`, keeps the
+    guest's end open across clients, holds the host's bytes until the guest reads, drops the guest's without a client.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.server = socket.socket(socket.AF_UNIX)
+        self.server.bind(str(path))
+        self.server.listen(1)
+        self.ours, self.guest_end = socket.socketpair()
+        self.client: socket.socket | None = None
+        for work in (self._serve, self._drain):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self.server.accept()
+            except OSError:
+                return
+            self.client = client
+            try:
+                while data := client.recv(1 << 16):
+                    self.ours.sendall(data)
+            except OSError:
+                pass
+            self.client = None
+            client.close()
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                data = self.ours.recv(1 << 16)
+            except OSError:
+                return
+            if not data:
+                return
+            client = self.client
+            if client is not None:
+                try:
+                    client.sendall(data)
+                except OSError:
+                    continue
+
+    def close(self) -> None:
+        for sock in (self.server, self.ours, self.guest_end):
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            sock.close()
+
+
+class AgentProcess:
+    def __init__(self, folder: Path, *options: str, agent: Path = AGENT) -> None:
+        self.control = PortBridge(folder / "c.sock")
+        self.streams = PortBridge(folder / "s.sock")
+        self.folder = folder
+        self.agent = agent
+        self.options = options or ("--seed", "none")
+        self.pid = 0
+
+    async def start(self) -> None:
+        fds = [self.control.guest_end.fileno(), self.streams.guest_end.fileno()]
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", str(self.agent), "--control", f"fd:{fds[0]}", "--streams", f"fd:{fds[1]}",
+            "--root", str(self.folder / "root"), *self.options, pass_fds=fds)
+        self.pid = self.process.pid
+
+    async def kill(self) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+    def fds(self) -> list[str]:
+        found = []
+        for link in Path(f"/proc/{self.pid}/fd").iterdir():
+            try:
+                found.append(str(link.readlink()))
+            except FileNotFoundError:
+                continue
+        return found
+
+    def children(self) -> list[str]:
+        return Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+
+
+@asynccontextmanager
+async def running(folder: Path, *options: str, agent: Path = AGENT) -> AsyncIterator[tuple[AgentProcess, AgentChannel]]:
+    process = AgentProcess(folder, *options, agent=agent)
+    await process.start()
+    channel = AgentChannel()
+    try:
+        await channel.connect(process.control.path)
+        await channel.hello(20)
+        yield process, channel
+    finally:
+        await channel.close()
+        await process.kill()
+        process.control.close()
+        process.streams.close()
+
+
+def drive(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+async def eventually(check: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "did not come about"
+        await asyncio.sleep(0.01)
