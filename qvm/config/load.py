@@ -41,7 +41,7 @@ def load_settings_file(path: Path, known: Collection[str]) -> tuple[SettingsFile
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, []
     except UnicodeDecodeError as error:
         return None, [f"{path}: is not UTF-8 text (byte {error.start})"]
@@ -66,9 +66,9 @@ def parse_settings(text: str, path: Path, known: Collection[str]) -> tuple[Setti
     if root is None or _is_null(root):
         return SettingsFile(path, {}), []
     if not isinstance(root, yaml.MappingNode):
-        return None, [f"{reader.at(root)}: must be `key: value` lines"]
+        return None, [f"{path}:{root.start_mark.line + 1}:1: must be `key: value` lines"]
     values = reader.read_settings(root, known)
-    return SettingsFile(path, values, reader.marks), reader.problems
+    return SettingsFile(path, values, reader.marks), reader.sorted_problems()
 
 
 def _is_null(node: Node) -> bool:
@@ -81,16 +81,20 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.marks: dict[tuple[Step, ...], tuple[int, int]] = {}
-        self.problems: list[str] = []
+        self._problems: list[tuple[int, int, str]] = []
 
-    def at(self, node: Node) -> str:
-        return f"{self.path}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    def sorted_problems(self) -> list[str]:
+        """One line each, from the top of the file down."""
+        return [f"{self.path}:{line}:{column}: {text}" for line, column, text in sorted(self._problems)]
+
+    def _complain(self, node: Node, text: str) -> None:
+        self._problems.append((node.start_mark.line + 1, node.start_mark.column + 1, text))
 
     def read_settings(self, root: MappingNode, known: Collection[str]) -> dict[str, Tree]:
         values = {}
         for name, key, value in self._entries(root):
             if name not in known:
-                self.problems.append(f"{self.at(key)}: unknown key {name!r}{_suggest(name, known)}")
+                self._complain(key, f"unknown key {name!r}{_suggest(name, known)}")
             elif not _is_null(value):
                 values[name] = self._tree(value, (name,))
         return values
@@ -101,10 +105,10 @@ class _Reader:
         found: dict[str, tuple[str, ScalarNode, Node]] = {}
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
-                self.problems.append(f"{self.at(key)}: a key must be plain text")
+                self._complain(key, "a key must be plain text")
             elif key.value in found:
                 first = found[key.value][1].start_mark.line + 1
-                self.problems.append(f"{self.at(key)}: the key {key.value!r} stands in line {first} already")
+                self._complain(key, f"the key {key.value!r} stands in line {first} already")
             else:
                 found[key.value] = (key.value, key, value)
         return list(found.values())
@@ -114,7 +118,7 @@ class _Reader:
 
         self.marks[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
         if len(path) > _DEEPEST:
-            self.problems.append(f"{self.at(node)}: is nested too deeply")
+            self._complain(node, "is nested too deeply")
             return ""
         if isinstance(node, MappingNode):
             return {name: self._tree(value, (*path, name)) for name, _, value in self._entries(node)}

@@ -37,12 +37,11 @@ def save_profile(resolved: Resolved) -> list[str]:
     """
     config = resolved.config
     path = Files(config.profile).config
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         paths.ensure_private_dir(path.parent)
         _write(path, render_profile(config))
         return []
+    text = path.read_text(encoding="utf-8")
     said = [BY_FIELD[name] for name, origin in resolved.explicit.items() if origin in (FLAG, ENVIRONMENT)]
     changed = {setting.key: setting.kind.dump(getattr(config, setting.field)) for setting in said}
     updated = update_text(text, changed)
@@ -82,6 +81,7 @@ def update_text(text: str, changes: Mapping[str, Any]) -> str | None:
             continue
         else:
             start, end = entry[0].start_mark.index, _end(entry[1])
+            end = start + len(text[start:end].rstrip("\n"))  # a block of text counts its last line's end as its own
             text = text[:start] + rendered.rstrip("\n") + text[end:]
     return text if all(_same(text, key, _render(key, value)) for key, value in changes.items()) else None
 
