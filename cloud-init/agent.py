@@ -511,7 +511,7 @@ MKFS_OPTIONS = ("-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", "-O", 
 def mount_9p(mount, user):
     """Mount a host folder; True where it was not. Folders made on the way inside the home are the user's."""
     tag, target = mount["tag"], mount["target"]
-    if not target.startswith("/") or os.path.normpath(target) == "/":
+    if not target.startswith("/") or not os.path.normpath(target).strip("/"):
         raise Failure(f"{target!r} is no place for a mount")
     if mounted_at(target) == "9p":
         return False
@@ -1073,6 +1073,7 @@ class Agent:
         self.uploads = {}
         self.env = {}
         self.seed = {"state": "pending"}
+        self.applying = threading.Lock()
         self.listeners = None
         self.stopping = False
         self.muted = set()
@@ -1309,8 +1310,8 @@ class Agent:
         data = self.collect(message)
         if data is None:
             return
-        if self.commands:
-            raise Failure("commands are running")
+        if self.commands or self.applying.locked():
+            raise Failure("commands are running, or the seed is being applied")
         compile(data, "agent.py", "exec")  # a file that Python cannot read must not lock us out
         path = os.path.abspath(__file__)
         changed = write_atomic(path, data, 0o755)
@@ -1334,7 +1335,8 @@ class Agent:
 
     def personalise(self, raw):
         document = json.loads(raw)
-        report = Personality(document, self.options["--root"]).apply(sha256(raw))
+        with self.applying:
+            report = Personality(document, self.options["--root"]).apply(sha256(raw))
         self.env = document.get("env") or {}
         state = "failed" if report["errors"] else "applied"
         self.seed = {"state": state, **report, "user": document.get("user")}

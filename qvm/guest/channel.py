@@ -158,6 +158,7 @@ class AgentChannel(AgentWire):
         """
         if self.greeting is not None and self.greeting.digest == hashlib.sha256(source).hexdigest():
             return False
+        await self.wait_for_seed()
         self._restart = asyncio.get_running_loop().create_future()
         try:
             await self._upload("update", source, {})

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+from base64 import b64decode
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import yaml
+
+from qvm.config.model import Mount
+from qvm.errors import ConfigError
+from qvm.seed.data import SeedData, guest_user_name, validate_seed
+from qvm.seed.render import load_templates, render_seed, seed_document
+
+KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nsecret: {not yaml}\n-----END OPENSSH PRIVATE KEY-----\n"
+DATA = SeedData(
+    instance_id="11111111-2222-3333-4444-555555555555", hostname="qvm-dev", user="jane", uid=1000, gid=1000,
+    home="/home/jane.guest", shell="/bin/bash", authorized_keys=("ssh-ed25519 AAAA 'jane' $x",), host_key=KEY,
+    host_key_public="ssh-ed25519 BBBB qvm", mac="52:54:00:AB:cd:01",
+    mounts=(
+        Mount(Path("/src/a b"), PurePosixPath("/src/a b"), writable=False), Mount(Path("/src"), PurePosixPath("/src")),
+    ),
+    env={"http_proxy": "http://10.0.2.2:3128/?a=$b"}, dns=("1.1.1.1",), data_folders=("/var/lib/docker",),
+)
+
+
+def load(raw: bytes) -> Any:
+    return yaml.safe_load(raw)
+
+
+def test_files_are_what_nocloud_wants() -> None:
+    files = render_seed(DATA)
+    assert set(files) == {"meta-data", "user-data", "network-config", "qvm.json"}
+    assert load(files["meta-data"]) == {"instance-id": DATA.instance_id, "local-hostname": "qvm-dev"}
+    network = load(files["network-config"])
+    assert network["version"] == 2
+    assert network["ethernets"]["qvm"]["match"] == {"macaddress": "52:54:00:ab:cd:01"}
+    without = load(render_seed(replace(DATA, mac=""))["network-config"])
+    assert without["ethernets"]["qvm"]["match"] == {"name": "e*"}
+
+
+def test_user_data_gives_a_login_without_the_agent() -> None:
+    user_data = load(render_seed(DATA)["user-data"])
+    assert user_data["users"] == [{
+        "name": "jane", "uid": 1000, "homedir": "/home/jane.guest", "sudo": "ALL=(ALL:ALL) NOPASSWD:ALL",
+        "lock_passwd": True, "ssh_authorized_keys": ["ssh-ed25519 AAAA 'jane' $x"]}]
+    assert user_data["ssh_keys"] == {"ed25519_private": KEY, "ed25519_public": "ssh-ed25519 BBBB qvm"}
+    assert user_data["hostname"] == "qvm-dev"
+    assert user_data["disable_root"] is True and user_data["ssh_pwauth"] is False
+    assert user_data["growpart"]["devices"] == ["/"]
+
+
+def test_root_on_the_host_is_root_in_the_guest() -> None:
+    user_data = load(render_seed(replace(DATA, user="root", uid=0, gid=0, home="/root"))["user-data"])
+    assert user_data["users"] == [{"name": "root", "ssh_authorized_keys": ["ssh-ed25519 AAAA 'jane' $x"]}]
+    assert user_data["disable_root"] is False
+
+
+def test_user_data_carries_the_agent_and_starts_it() -> None:
+    user_data = load(render_seed(DATA)["user-data"])
+    texts = load_templates()
+    written = {item["path"]: gzip.decompress(b64decode(item["content"])) for item in user_data["write_files"]}
+    assert written == {
+        "/usr/lib/qvm/agent.py": texts.agent,
+        "/usr/lib/qvm/install-agent.sh": texts.installer,
+        "/etc/systemd/system/qvm-agent.service": texts.unit,
+    }
+    assert {item["encoding"] for item in user_data["write_files"]} == {"gz+b64"}
+    assert user_data["runcmd"] == [["sh", "/usr/lib/qvm/install-agent.sh"]]
+
+
+def test_user_data_passes_cloud_inits_own_schema(tmp_path: Path) -> None:
+    program = shutil.which("cloud-init")
+    if program is None:
+        pytest.skip("cloud-init is not installed; `apt install cloud-init` lets its schema check the seed")
+    path = tmp_path / "user-data"
+    path.write_bytes(render_seed(DATA)["user-data"])
+    subprocess.run([program, "schema", "--config-file", str(path)], check=True)
+
+
+def test_document_says_everything() -> None:
+    document = json.loads(render_seed(DATA)["qvm.json"])
+    assert document == seed_document(DATA)
+    assert document["user"] == {"name": "jane", "uid": 1000, "gid": 1000, "home": "/home/jane.guest",
+                                "shell": "/bin/bash"}
+    assert document["mounts"] == [{"tag": "qvm1", "target": "/src", "writable": True},
+                                  {"tag": "qvm0", "target": "/src/a b", "writable": False}], "outer folders first"
+    assert document["hosts"]["host.docker.internal"] == "10.0.2.2"
+    assert document["env"] == DATA.env and document["dns"] == ["1.1.1.1"]
+    assert "machine_id" not in document
+    assert seed_document(replace(DATA, machine_id="ab" * 16))["machine_id"] == "ab" * 16
+
+
+def test_rendering_is_pure() -> None:
+    assert render_seed(DATA) == render_seed(DATA)
+    assert KEY not in repr(DATA)
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    bad = replace(DATA, hostname="two words", user="Jane Doe", home="home:jane", env={"a b": "c", "d": "e\nf"})
+    assert [re.split(r"\W", problem)[0] for problem in validate_seed(bad)] == ["hostname", "user", "home", "env", "env"]
+    with pytest.raises(ConfigError) as refused:
+        render_seed(bad)
+    assert len(refused.value.problems) == 5
+    assert validate_seed(DATA) == []
+
+
+@pytest.mark.parametrize(("host", "guest"), [
+    ("jane", "jane"), ("john.doe", "john_doe"), ("CORP\\Jane", "jane"), ("1up", "qvm"), ("docker", "qvm"),
+    ("www-data", "qvm"), ("", "qvm"), ("名前", "__"), ("x" * 40, "x" * 32),
+])
+def test_host_user_names_become_account_names(host: str, guest: str) -> None:
+    assert guest_user_name(host) == guest
