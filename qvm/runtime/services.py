@@ -1,0 +1,152 @@
+"""Guest work that runtimes have in common: packages of the distribution, and services under systemd or OpenRC.
+
+Each call is one `exec`: under software emulation a round trip costs tens of milliseconds and every program that a
+script starts ten or more, so scripts use the shell's own commands where they can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from qvm.errors import DeadlineError, GuestCommandError, GuestError
+from qvm.runtime.base import Guest
+
+INSTALL_TIMEOUT = 1800.0
+STOP_TIMEOUT = 60.0
+PATIENCE = 5.0
+"""Seconds one call of `wait_for_services` may take."""
+
+_INSTALL = """
+set -e
+if command -v apt-get; then
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update
+    apt-get install -y --no-install-recommends $QVM_APT
+elif command -v apk; then apk add $QVM_APK
+elif command -v dnf; then dnf install -y $QVM_DNF
+else echo "none of apt-get, apk and dnf is there" >&2; exit 1
+fi
+"""
+
+# Every script gets the systemd names as arguments and the OpenRC names in QVM_RC.
+_SYSTEMD = "[ -d /run/systemd/system ]"
+
+_START = f"""
+if {_SYSTEMD}; then exec systemctl start --no-block "$@"; fi
+for service in $QVM_RC; do rc-service "$service" --ifnotstarted start; done
+"""
+
+_RESTART = f"""
+if {_SYSTEMD}; then exec systemctl restart --no-block "$@"; fi
+for service in $QVM_RC; do rc-service "$service" restart; done
+"""
+
+_WAIT = f"""
+if {_SYSTEMD}; then systemctl start "$@" || exit 3
+else for service in $QVM_RC; do rc-service "$service" --ifnotstarted start || exit 3; done
+fi
+for socket in $QVM_SOCKETS; do until [ -S "$socket" ]; do sleep 0.05; done; done
+"""
+
+_REPORT = f"""
+if {_SYSTEMD}; then
+    for service; do systemctl is-failed --quiet "$service" && journalctl -b -u "$service" -n 15 --no-pager -o cat; done
+else for service in $QVM_RC; do tail -n 15 "/var/log/$service.log" 2>/dev/null; done
+fi
+exit 0
+"""
+
+_STOP = f"""
+if {_SYSTEMD}; then exec systemctl stop "$@"; fi
+for service in $QVM_RC; do rc-service "$service" --ifstarted stop; done
+"""
+
+# A Go program takes some 0.3 s to say its version under software emulation, so what it said is kept until the program
+# is newer than that. Reading it back starts no program.
+_VERSION = """
+program=$(command -v "$1") || exit 1
+known=/var/cache/qvm-version-$1
+[ "$known" -nt "$program" ] || { text=$("$program" --version) && echo "$text" >"$known"; } || exit 1
+IFS= read -r line <"$known"
+echo "$line"
+"""
+
+
+async def install_packages(guest: Guest, packages: Mapping[str, str], *, what: str) -> None:
+    """Install from the guest's distribution; `packages` maps "apt", "apk" and "dnf" to names with spaces between.
+
+    GuestError with the package manager's own words where that fails.
+    """
+    env = {f"QVM_{manager.upper()}": names for manager, names in packages.items()}
+    try:
+        await guest.exec(["sh", "-c", _INSTALL], env=env, timeout=INSTALL_TIMEOUT)
+    except GuestCommandError as error:
+        raise GuestError(f"{what} could not be installed in the guest", details=error.details or error.message,
+                         hint="check that the guest reaches its package mirror, or use qvm's own image") from error
+
+
+async def start_services(guest: Guest, names: Sequence[str], *, openrc: Sequence[str] | None = None) -> None:
+    """Ask for services to be started, without waiting for them.
+
+    `names` are systemd's; `openrc` the names elsewhere where they differ.
+    """
+    await guest.exec(["sh", "-c", _START, "start", *names], env=_rc(names, openrc))
+
+
+async def restart_services(guest: Guest, names: Sequence[str]) -> None:
+    """Ask for services to be restarted, without waiting for them."""
+    await guest.exec(["sh", "-c", _RESTART, "restart", *names], env=_rc(names, None))
+
+
+async def reload_units(guest: Guest) -> None:
+    """Have systemd read its unit files again."""
+    await guest.exec(["systemctl", "daemon-reload"])
+
+
+async def wait_for_services(
+    guest: Guest,
+    names: Sequence[str],
+    *,
+    openrc: Sequence[str] | None = None,
+    sockets: Sequence[str] = (),
+    patience: float = PATIENCE,
+) -> bool:
+    """Whether the services have said they are ready and the sockets exist; waits in the guest up to `patience` s.
+
+    systemd's `start` joins the job under way and ends when the service has notified its readiness, so nothing polls.
+    GuestError with the last lines of the journal where a service has failed.
+    """
+    env = _rc(names, openrc)
+    try:
+        done = await guest.exec(["sh", "-c", _WAIT, "wait", *names], env={**env, "QVM_SOCKETS": " ".join(sockets)},
+                                timeout=patience, check=False)
+    except DeadlineError:
+        return False
+    if done.exit_code == 0:
+        return True
+    report = await guest.exec(["sh", "-c", _REPORT, "report", *names], env=env, check=False)
+    details = (done.stderr + report.stdout).decode(errors="replace").strip()
+    raise GuestError(f"{' or '.join(names)} failed to start in the guest", details=details or None,
+                     hint="`qvm logs runtime` shows the journal")
+
+
+async def stop_services(guest: Guest, names: Sequence[str], *, openrc: Sequence[str] | None = None) -> None:
+    """Stop services and wait for their end; names that do not exist are passed over."""
+    await guest.exec(["sh", "-c", _STOP, "stop", *names], env=_rc(names, openrc), timeout=STOP_TIMEOUT, check=False)
+
+
+async def find_version(guest: Guest, program: str) -> str:
+    """The version number in what `program --version` says, e.g. "26.1.5"; "" where it says none."""
+    done = await guest.exec(["sh", "-c", _VERSION, "version", program])
+    return parse_version(done.stdout.decode(errors="replace"))
+
+
+def parse_version(text: str) -> str:
+    """The first word that is a dotted number, without what a distribution adds to it."""
+    match = re.search(r"(?<![\w.])v?(\d+(?:\.\d+)+)", text)
+    return match.group(1) if match else ""
+
+
+def _rc(names: Sequence[str], openrc: Sequence[str] | None) -> dict[str, str]:
+    return {"QVM_RC": " ".join(names if openrc is None else openrc)}

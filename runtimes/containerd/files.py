@@ -1,0 +1,83 @@
+"""The configuration files of containerd, nerdctl and BuildKit: pure text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Kubernetes' interface is not served here and takes a good part of containerd's start.
+CONTAINERD_DEFAULTS: dict[str, Any] = {"version": 2, "disabled_plugins": ["io.containerd.grpc.v1.cri"]}
+
+
+def containerd_toml(settings: Mapping[str, Any]) -> bytes:
+    """containerd's config.toml: the profile's `containerd:` section over our defaults."""
+    return render_toml({**CONTAINERD_DEFAULTS, **settings}).encode()
+
+
+def nerdctl_toml(*, cni_path: str) -> bytes:
+    """nerdctl looks for CNI plugins in /opt/cni/bin; distributions have them elsewhere."""
+    return render_toml({"cni_path": cni_path}).encode()
+
+
+def buildkitd_toml() -> bytes:
+    """BuildKit on containerd's store, in nerdctl's namespace: an image that is built is there without being copied."""
+    return render_toml({
+        "worker": {
+            "oci": {"enabled": False},
+            "containerd": {"enabled": True, "namespace": "default"},
+        },
+    }).encode()
+
+
+def buildkit_service(program: str) -> bytes:
+    return f"""[Unit]
+Description=BuildKit
+Requires=buildkit.socket containerd.service
+After=buildkit.socket containerd.service
+
+[Service]
+Type=notify
+ExecStart={program} --addr fd://
+""".encode()
+
+
+def buildkit_socket() -> bytes:
+    return b"""[Unit]
+Description=BuildKit's socket
+
+[Socket]
+ListenStream=/run/buildkit/buildkitd.sock
+SocketMode=0660
+"""
+
+
+def render_toml(document: Mapping[str, Any]) -> str:
+    """TOML of tables, strings, numbers, booleans and flat lists: what these programs' settings consist of.
+
+    JSON's strings and numbers are TOML's too (toml.io/en/v1.0.0: basic strings). ValueError for anything else.
+    """
+    return "\n".join(_lines(document, ())).lstrip("\n") + "\n"
+
+
+def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
+    plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
+    lines = [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    if path and lines:
+        lines = ["", f"[{'.'.join(map(_key, path))}]", *lines]
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            lines += _lines(value, (*path, key))
+    return lines
+
+
+def _key(key: str) -> str:
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    if isinstance(value, str | bool | int | float):
+        return json.dumps(value)
+    raise ValueError(f"{value!r} cannot be written to a TOML file")

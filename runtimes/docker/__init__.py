@@ -1,0 +1,122 @@
+"""Docker: dockerd in the guest, its socket and a docker context on the host."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qvm.runtime.base import Guest, HostSocket, Runtime, RuntimeContext
+from qvm.runtime.services import (
+    find_version,
+    install_packages,
+    restart_services,
+    start_services,
+    stop_services,
+    wait_for_services,
+)
+
+from .context import DockerContexts, ForeignContextError, config_folder, context_name
+
+DAEMON_JSON = PurePosixPath("/etc/docker/daemon.json")
+SERVICES = ("containerd", "docker")
+PACKAGES = {"apt": "docker.io", "apk": "docker", "dnf": "moby-engine"}
+# docker-proxy listens where a container publishes a port, which is how the host learns of it.
+DEFAULTS: dict[str, Any] = {"userland-proxy": True}
+STATE_FILE = "docker-context.json"
+
+_LOOK = """
+command -v dockerd >/dev/null && echo installed
+[ -e /run/docker.pid ] && echo running
+exit 0
+"""
+_JOIN_GROUP = """
+if command -v usermod >/dev/null; then usermod -aG docker "$1"; else addgroup "$1" docker; fi
+"""
+
+
+class Docker(Runtime):
+    name = "docker"
+    summary = "dockerd in the VM, with a docker context on the host"
+    sockets = (HostSocket("docker", PurePosixPath("/run/docker.sock")),)
+    # Images are in /var/lib/containerd where the profile turns the containerd image store on.
+    data_folders = (PurePosixPath("/var/lib/docker"), PurePosixPath("/var/lib/containerd"))
+    commands = {"docker": ("docker",)}  # noqa: RUF012  # a constant of the class, as the contract has it
+    units = ("docker.service", "containerd.service")
+
+    async def provision(self, guest: Guest, context: RuntimeContext) -> None:
+        look, changed = await asyncio.gather(
+            guest.exec(["sh", "-c", _LOOK]),
+            guest.write_file(DAEMON_JSON, render_daemon_json(context.settings)),
+        )
+        found = look.stdout.split()
+        if b"installed" not in found:
+            await install_packages(guest, PACKAGES, what="docker")
+            await guest.exec(["sh", "-c", _JOIN_GROUP, "join", context.user])
+        elif changed and b"running" in found:
+            await restart_services(guest, ["docker"])
+
+    async def start(self, guest: Guest, context: RuntimeContext) -> None:
+        await start_services(guest, SERVICES)
+
+    async def ready(self, guest: Guest, context: RuntimeContext) -> bool:
+        """dockerd notifies systemd once its API is served, so joining its start job is exact and costs no client."""
+        return await wait_for_services(guest, SERVICES, sockets=["/run/docker.sock"])
+
+    async def stop(self, guest: Guest, context: RuntimeContext) -> None:
+        await stop_services(guest, ["docker.socket", "docker", "containerd"])
+
+    async def version(self, guest: Guest, context: RuntimeContext) -> str:
+        return "docker " + await find_version(guest, "dockerd")
+
+    async def teardown(self, guest: Guest, context: RuntimeContext) -> None:
+        await guest.exec(["rm", "-f", str(DAEMON_JSON)])
+
+    def activate(self, context: RuntimeContext, *, switch: bool) -> list[str]:
+        folder = config_folder(context.env)
+        name, socket = context_name(context.profile), context.host_socket("docker")
+        notes = []
+        try:
+            DockerContexts(folder, context.folder.parent).publish(
+                name, host=f"unix://{socket}", description=f"qvm: the instance {context.profile!r}", switch=switch
+            )
+            _remember_folder(context, folder)
+        except ForeignContextError as error:
+            notes.append(f"a docker context {name!r} that is not qvm's exists ({error}) and was left alone; "
+                         f"use DOCKER_HOST=unix://{socket}")
+        except (OSError, ValueError) as error:
+            notes.append(f"docker's configuration in {folder} could not be changed ({error}); "
+                         f"use DOCKER_HOST=unix://{socket}")
+        for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
+            if switch and context.env.get(variable):
+                notes.append(f"{variable} is set and overrides the docker context {name!r}: unset {variable}")
+        return notes
+
+    def deactivate(self, context: RuntimeContext, *, remove: bool) -> list[str]:
+        folder = _remembered_folder(context) or config_folder(context.env)
+        try:
+            DockerContexts(folder, context.folder.parent).withdraw(context_name(context.profile), remove=remove)
+            if remove:
+                (context.state_folder / STATE_FILE).unlink(missing_ok=True)
+        except (OSError, ValueError) as error:
+            return [f"docker's configuration in {folder} could not be changed back: {error}"]
+        return []
+
+
+def render_daemon_json(settings: Any) -> bytes:
+    """The profile's `docker:` section over our defaults."""
+    return (json.dumps({**DEFAULTS, **settings}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _remember_folder(context: RuntimeContext, folder: Path) -> None:
+    """`stop` may run with another DOCKER_CONFIG than `start` did, and must mend what start changed."""
+    context.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (context.state_folder / STATE_FILE).write_text(json.dumps({"config": str(folder)}) + "\n")
+
+
+def _remembered_folder(context: RuntimeContext) -> Path | None:
+    try:
+        return Path(json.loads((context.state_folder / STATE_FILE).read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # never activated, or the file is damaged: the environment says where
