@@ -1,0 +1,69 @@
+"""Kernel modules: which files a module needs, in the order they are loaded, and their plain content."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
+
+from qvm.errors import ImageError
+
+ReadFile = Callable[[PurePosixPath], bytes]
+
+
+def module_name(path: str) -> str:
+    """"crc32c_generic" of "kernel/crypto/crc32c-generic.ko.xz": dashes and underscores are one to the kernel."""
+    return PurePosixPath(path).name.partition(".ko")[0].replace("-", "_")
+
+
+def parse_dependencies(text: str) -> dict[str, tuple[str, ...]]:
+    """modules.dep(5): path of a module -> paths it needs, in the order depmod wrote them."""
+    table: dict[str, tuple[str, ...]] = {}
+    for line in text.splitlines():
+        path, colon, needs = line.partition(":")
+        if colon:
+            table[path.strip()] = tuple(needs.split())
+    return table
+
+
+def parse_builtin(text: str) -> frozenset[str]:
+    """modules.builtin: names of the modules that are part of the kernel itself."""
+    return frozenset(module_name(line) for line in text.splitlines() if line.strip())
+
+
+def resolve(
+    wanted: Iterable[str], dependencies: dict[str, tuple[str, ...]], builtin: frozenset[str]
+) -> list[str]:
+    """Paths of `wanted` and all they need, each once, ready for insmod one after the other.
+
+    Built-in modules are left out. Raises ImageError for a name the kernel does not have at all.
+    """
+    by_name = {module_name(path): path for path in dependencies}
+    order: list[str] = []
+
+    def add(path: str) -> None:
+        if path in order:
+            return
+        for need in reversed(dependencies.get(path, ())):
+            add(need)
+        order.append(path)
+
+    for name in wanted:
+        plain = name.replace("-", "_")
+        if plain in by_name:
+            add(by_name[plain])
+        elif plain not in builtin:
+            raise ImageError(f"the image's kernel has no module {name!r}")
+    return order
+
+
+def decompress(path: str, data: bytes) -> bytes:
+    """The plain module: insmod of a tiny initramfs reads no compressed ones."""
+    if path.endswith(".ko"):
+        return data
+    if path.endswith(".ko.xz"):
+        return lzma.decompress(data)
+    if path.endswith(".ko.gz"):
+        return gzip.decompress(data)
+    raise ImageError(f"cannot read the kernel module {path}: unknown compression")
