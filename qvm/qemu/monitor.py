@@ -56,6 +56,7 @@ class Monitor:
         """Done when the conversation has ended, whoever ended it; the result says how."""
         self._client = client
         self._subscribers: list[Subscriber] = []
+        self._closing = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
 
     @classmethod
@@ -80,8 +81,13 @@ class Monitor:
         return monitor
 
     async def _watch(self) -> None:
-        while self._client.runstate == Runstate.RUNNING:
-            await self._client.runstate_changed()
+        """Wait for the end, from either side, and clean up: the client wants exactly one to call `disconnect`."""
+        closing = asyncio.ensure_future(self._closing.wait())
+        while self._client.runstate == Runstate.RUNNING and not closing.done():
+            changed = asyncio.ensure_future(self._client.runstate_changed())
+            await asyncio.wait({changed, closing}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+        closing.cancel()
         how = "closed"
         try:
             await self._client.disconnect()
@@ -103,14 +109,8 @@ class Monitor:
 
     async def close(self) -> None:
         """End the conversation; QEMU runs on. Does nothing the second time."""
-        if self._watcher is None:
-            return
-        watcher, self._watcher = self._watcher, None
-        try:
-            await self._client.disconnect()
-        except (QMPError, OSError, EOFError) as error:
-            log.debug("%s: closing: %s", self.path, error)
-        await watcher
+        self._closing.set()
+        await self.wait_closed()
 
     async def execute(
         self, command: str, arguments: Mapping[str, Any] | None = None, *, timeout: float = COMMAND_TIMEOUT

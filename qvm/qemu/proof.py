@@ -123,9 +123,12 @@ def _judge(trial: Trial, watch: _Watch, said: str, *, seconds: float, ended: boo
     if watch.proven:
         return Outcome(True, f"{what}: the guest answered after {seconds:.1f} s", None, said, seconds, True)
     if watch.bad_state or ended:
-        telling = summarise(said)
-        reason = f"QEMU: {telling}" if telling else (f"the machine went into state {watch.bad_state}" if watch.bad_state
-                                                      else "the guest ended without an answer")
+        if telling := summarise(said):
+            reason = f"QEMU: {telling}"
+        elif watch.bad_state:
+            reason = f"the machine went into state {watch.bad_state}"
+        else:
+            reason = "the guest ended without an answer"
         return Outcome(False, f"{what}: it failed after {seconds:.1f} s", reason, said, seconds, True)
     if not trial.is_full:
         return Outcome(True, f"{what}: undisturbed for {seconds:.1f} s, a weak proof", None, said, seconds, True)

@@ -1,0 +1,136 @@
+"""The command line: golden files for every architecture, accelerator and QEMU, and what must never be on one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+
+import pytest
+from qemu_cases import GOLDEN, Case, build_case, cases, load_features, make_spec, on_mac, render
+
+from qvm.config.model import Mount
+from qvm.errors import HostError, QemuError, UsageError
+from qvm.instance.spec import Disk
+from qvm.qemu import devices
+from qvm.qemu.cmdline import build_argv
+from qvm.qemu.features import QemuFeatures
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_golden(case: Case) -> None:
+    golden = (GOLDEN / f"{case.name}.args").read_text()
+    assert render(build_case(case)) == golden, "if wanted: python tests/unit/qemu/qemu_cases.py write"
+
+
+def test_no_golden_file_is_left_over() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == {case.name for case in cases()}
+
+
+def values(argv: list[str], flag: str) -> list[str]:
+    return [value for word, value in pairwise(argv) if word == flag]
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_no_two_devices_share_an_address_or_an_id(case: Case) -> None:
+    devs = values(build_case(case), "-device")
+    addresses = [part for value in devs for part in value.split(",") if part.startswith("addr=")]
+    assert len(set(addresses)) == len(addresses)
+    ids = [part for value in devs for part in value.split(",") if part.startswith("id=")]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_nothing_listens_but_on_loopback_and_unix_sockets(case: Case) -> None:
+    argv = build_case(case)
+    assert all("hostfwd=tcp:127.0.0.1:" in value for value in values(argv, "-netdev"))
+    assert all(value.startswith(("socket,", "file,")) and ("path=/" in value) for value in values(argv, "-chardev"))
+    assert not {"-vnc", "-spice", "-gdb", "-s", "-monitor", "-qmp"} & set(argv)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_every_disk_names_its_format(case: Case) -> None:
+    argv = build_case(case)
+    assert all("driver=" in value.split(",")[0] for value in values(argv, "-blockdev"))
+    assert all("format=raw" in value for value in values(argv, "-drive"))
+
+
+def test_commas_in_paths_are_doubled_and_equal_signs_kept() -> None:
+    assert devices.option("-x", "head", {"path": Path("/a,b=c d"), "flag": True, "off": False, "none": None}) == [
+        "-x", "head,path=/a,,b=c d,flag=on,off=off",
+    ]
+
+
+def test_kernel_words_are_passed_as_they_are() -> None:
+    spec = make_spec("x86_64", "tcg")
+    assert spec.boot is not None
+    spec = replace(spec, boot=replace(spec.boot, kernel=Path("/a,b/vmlinuz"), cmdline="a=b,c d"))
+    argv = build_argv(spec, load_features("x86_64", "7.2"))
+    assert values(argv, "-kernel") == ["/a,b/vmlinuz"]
+    assert values(argv, "-append") == ["a=b,c d"]
+
+
+def test_many_mounts_fill_many_slots() -> None:
+    features = load_features("x86_64", "10.0")
+    some = tuple(Mount(Path(f"/m{number}"), PurePosixPath(f"/m{number}")) for number in range(devices.MAX_MOUNTS))
+    argv = build_argv(replace(make_spec("x86_64", "tcg"), mounts=some), features)
+    last = [value for value in values(argv, "-device") if value.startswith("virtio-9p-pci")][-1]
+    assert "addr=0x1e.0x7" in last
+    with pytest.raises(UsageError, match="at most 144 mounts"):
+        build_argv(replace(make_spec("x86_64", "tcg"), mounts=(*some, some[0])), features)
+
+
+def test_a_missing_device_is_left_out_or_named() -> None:
+    whole = load_features("x86_64", "7.2")
+    bare = replace(whole, devices=tuple(set(whole.devices) - {"virtio-balloon-pci", "virtio-rng-pci", "virtio-9p-pci"}))
+    argv = build_argv(replace(make_spec("x86_64", "tcg"), mounts=()), bare)
+    assert not [word for word in argv if "balloon" in word or "rng" in word]
+    with pytest.raises(QemuError, match="without 9p"):
+        build_argv(make_spec("x86_64", "tcg"), bare)
+    with pytest.raises(QemuError, match="user-mode networking"):
+        build_argv(make_spec("x86_64", "tcg"), replace(whole, netdevs=("stream",)))
+
+
+def test_balloon_properties_follow_the_build() -> None:
+    features = replace(load_features("x86_64", "7.2"), properties=("virtio-balloon-pci.deflate-on-oom",))
+    argv = build_argv(make_spec("x86_64", "tcg"), features)
+    balloon = next(word for word in argv if word.startswith("virtio-balloon-pci"))
+    assert "free-page-reporting" not in balloon and "deflate-on-oom=on" in balloon
+    assert not [word for word in argv if "io-reserve" in word]
+
+
+def test_the_wrong_emulator_is_refused() -> None:
+    with pytest.raises(QemuError, match="emulates aarch64, not x86_64"):
+        build_argv(make_spec("x86_64", "tcg"), load_features("aarch64", "7.2"))
+
+
+def test_uefi_without_firmware_names_the_package() -> None:
+    features = replace(load_features("aarch64", "7.2"), firmware=None)
+    with pytest.raises(HostError, match="UEFI") as caught:
+        build_argv(make_spec("aarch64", "tcg", "uefi"), features)
+    assert caught.value.hint
+
+
+def test_disk_ids_fit_a_virtio_serial_number() -> None:
+    spec = replace(make_spec("x86_64", "tcg"), disks=(Disk(Path("/d"), "a" * 21),))
+    with pytest.raises(QemuError, match="20 bytes"):
+        build_argv(spec, load_features("x86_64", "7.2"))
+
+
+def test_an_x86_guest_on_an_arm_host_gets_no_threads_forced_on_it() -> None:
+    mac = replace(on_mac(load_features("x86_64", "10.0")), host_machine="arm64")
+    assert "tcg,tb-size=512" in build_argv(make_spec("x86_64", "tcg"), mac)
+
+
+def test_the_process_name_has_at_most_15_bytes() -> None:
+    argv = build_argv(replace(make_spec("x86_64", "tcg"), name="a-long-profile-name"), load_features("x86_64", "7.2"))
+    assert "guest=a-long-profile-name,process=qvm-a-long-prof" in [word.lstrip(",") for word in argv]
+
+
+@pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+def test_features_survive_json(arch: str, version: str) -> None:
+    features = load_features(arch, version)
+    assert QemuFeatures.from_dict(features.to_dict()) == features
+    assert features.version_text.startswith(version)
+    assert "Debian" in features.version_text
