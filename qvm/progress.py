@@ -1,4 +1,4 @@
-"""How long work tells what it does: library code reports into a `Progress`; the CLI draws it, programs may ignore it."""
+"""How long work tells what it does: library code reports into a `Progress`; the CLI draws it, programs ignore it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def render_status(status: Mapping[str, Any]) -> str:
     if status.get("ssh_port") and status.get("state") == "running":
         rows.append(("ssh", f"{status.get('user', '')}@127.0.0.1:{status['ssh_port']}"))
     rows += [("mount", _mount(mount)) for mount in status.get("mounts", ())]
-    rows += [("socket", str(path)) for path in _values(status.get("sockets", {}))]
+    rows += [("socket", str(path)) for path in status.get("sockets", {}).values()]
     rows += [("port", _forward(forward)) for forward in status.get("forwards", ())]
     if status.get("state") != "running":
         waiting = status.get("requirements", {}).items()
@@ -156,18 +156,12 @@ def _mount(mount: Mapping[str, Any]) -> str:
     return f"{mount['source']}{where}{'' if mount.get('writable', True) else ' (read-only)'}"
 
 
-def _forward(forward: Any) -> str:
-    if not isinstance(forward, Mapping):
-        return str(forward)
-    host = forward.get("host_port", forward.get("port", "?"))
-    guest = forward.get("guest_port", host)
-    text = f"127.0.0.1:{host}" + (f" -> {guest}" if guest != host else "")
-    trouble = forward.get("error") or (forward.get("state") if forward.get("state") not in (None, "open") else None)
-    return f"{text} ({trouble})" if trouble else text
-
-
-def _values(sockets: Any) -> list[Any]:
-    return list(sockets.values()) if isinstance(sockets, Mapping) else list(sockets)
+def _forward(forward: Mapping[str, Any]) -> str:
+    """"127.0.0.1:8080", with what keeps it from working."""
+    if forward["state"] == "forwarding":
+        return str(forward["host"])
+    reason = f": {forward['reason']}" if forward.get("reason") else ""
+    return f"{forward['host']} ({forward['state']}{reason})"
 
 
 def render_removed(removed: Any) -> str:

@@ -15,7 +15,10 @@ STATUS = {
         {"source": "/data", "target": "/mnt/data", "writable": False},
     ],
     "sockets": {"docker": "/home/me/.qvm/dev/docker.sock"}, "requirements": {"agent": "done"},
-    "notes": ["KVM is unusable"], "forwards": [],
+    "notes": ["KVM is unusable"], "forwards": [
+        {"guest": "[::]:80", "host": "127.0.0.1:80", "port": 80, "state": "denied", "reason": "needs root"},
+        {"guest": "0.0.0.0:8080", "host": "127.0.0.1:8080", "port": 8080, "state": "forwarding", "reason": ""},
+    ],
 }  # fmt: skip
 
 
@@ -31,6 +34,8 @@ def test_status() -> None:
         "  mount    /home/me/src\n"
         "           /data at /mnt/data (read-only)\n"
         "  socket   /home/me/.qvm/dev/docker.sock\n"
+        "  port     127.0.0.1:80 (denied: needs root)\n"
+        "           127.0.0.1:8080\n"
         "  note     KVM is unusable"
     )
 
