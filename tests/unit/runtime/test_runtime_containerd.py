@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import asyncio
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runtime_fakes import FakeGuest, make_context
+
+from qvm.errors import GuestError
+from runtimes.containerd import Containerd
+from runtimes.containerd.files import render_toml
+
+IMAGE = (b"containerd\nnerdctl\nbuildctl\nbuildkitd:/usr/local/bin/buildkitd\ncni:/usr/lib/cni\nsystemd\n")
+LOOK = "command -v buildkitd"
+SOCKET_UNIT = "/etc/systemd/system/buildkit.socket"
+
+
+def test_provision_writes_the_files_and_reloads_units_once(tmp_path: Path) -> None:
+    guest, context = FakeGuest({LOOK: IMAGE}), make_context(tmp_path)
+
+    async def main() -> None:
+        for _ in range(2):
+            await Containerd().provision(guest, context)
+
+    asyncio.run(main())
+    assert guest.scripts().count("daemon-reload") == 1
+    assert tomllib.loads(guest.files["/etc/nerdctl/nerdctl.toml"].decode()) == {"cni_path": "/usr/lib/cni"}
+    worker = tomllib.loads(guest.files["/etc/buildkit/buildkitd.toml"].decode())["worker"]
+    assert worker["containerd"] == {"enabled": True, "namespace": "default"} and not worker["oci"]["enabled"]
+    assert b"ExecStart=/usr/local/bin/buildkitd --addr fd://" in guest.files["/etc/systemd/system/buildkit.service"]
+
+
+def test_units_of_the_image_are_kept(tmp_path: Path) -> None:
+    guest = FakeGuest({LOOK: IMAGE + b"unit:/usr/lib\n"})
+    asyncio.run(Containerd().provision(guest, make_context(tmp_path)))
+    assert SOCKET_UNIT not in guest.files and len(guest.commands) == 1
+
+
+def test_our_own_units_of_an_earlier_start_are_kept_up_to_date(tmp_path: Path) -> None:
+    guest = FakeGuest({LOOK: IMAGE + b"unit:/etc\n"})
+    asyncio.run(Containerd().provision(guest, make_context(tmp_path)))
+    assert SOCKET_UNIT in guest.files
+
+
+def test_a_guest_without_nerdctl_is_told_what_to_use(tmp_path: Path) -> None:
+    guest = FakeGuest({LOOK: b"containerd\ncni:/usr/lib/cni\nbuildkitd:\nsystemd\n"})
+    with pytest.raises(GuestError, match="no nerdctl, buildctl, buildkitd") as caught:
+        asyncio.run(Containerd().provision(guest, make_context(tmp_path)))
+    assert caught.value.hint is not None and "--runtime docker" in caught.value.hint
+
+
+def test_changed_settings_restart_a_running_containerd(tmp_path: Path) -> None:
+    guest = FakeGuest({LOOK: IMAGE + b"unit:/usr/lib\nrunning\n"})
+    context = replace(make_context(tmp_path), settings={"grpc": {"gid": 1000}})
+    asyncio.run(Containerd().provision(guest, context))
+    config = tomllib.loads(guest.files["/etc/containerd/config.toml"].decode())
+    assert config["grpc"] == {"gid": 1000} and config["disabled_plugins"] == ["io.containerd.grpc.v1.cri"]
+    assert "systemctl restart" in guest.scripts()
+
+
+def test_ready_waits_for_both_sockets(tmp_path: Path) -> None:
+    guest = FakeGuest()
+    assert asyncio.run(Containerd().ready(guest, make_context(tmp_path)))
+    assert guest.envs[0]["QVM_SOCKETS"] == "/run/containerd/containerd.sock /run/buildkit/buildkitd.sock"
+
+
+def test_version(tmp_path: Path) -> None:
+    said = b"containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+deb13u1\n"
+    assert asyncio.run(Containerd().version(FakeGuest({"--version": said}), make_context(tmp_path))) == (
+        "containerd 1.7.24"
+    )
+
+
+def test_toml_reads_back_as_it_was() -> None:
+    document = {
+        "version": 2, "name": 'a "b" \\ é\n', "ratio": 1.5, "flag": True, "list": ["x", 1],
+        "plugins": {"io.containerd.grpc.v1.cri": {"cni": {"bin_dir": "/x y"}}, "empty": {}},
+        "last": {"key": "v"},
+    }
+    read = tomllib.loads(render_toml(document))
+    assert read.pop("plugins") == {"io.containerd.grpc.v1.cri": {"cni": {"bin_dir": "/x y"}}}
+    assert read == {key: value for key, value in document.items() if key != "plugins"}
+
+
+def test_what_toml_cannot_say_is_refused() -> None:
+    with pytest.raises(ValueError, match="None"):
+        render_toml({"key": None})

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from runtime_fakes import FakeGuest, make_context
+
+from qvm.errors import GuestError
+from runtimes.docker import Docker
+
+DAEMON_JSON = "/etc/docker/daemon.json"
+
+
+def test_provision_installs_nothing_where_docker_is_there(tmp_path: Path) -> None:
+    guest = FakeGuest({"command -v dockerd": b"installed\n"})
+    asyncio.run(Docker().provision(guest, make_context(tmp_path)))
+    assert len(guest.commands) == 1, "each round trip costs tens of milliseconds under emulation"
+    assert json.loads(guest.files[DAEMON_JSON]) == {"userland-proxy": True}
+
+
+def test_provision_installs_from_the_distribution_where_docker_is_missing(tmp_path: Path) -> None:
+    guest = FakeGuest()
+    asyncio.run(Docker().provision(guest, make_context(tmp_path)))
+    assert guest.envs[1] == {"QVM_APT": "docker.io", "QVM_APK": "docker", "QVM_DNF": "moby-engine"}
+    assert guest.commands[2][-1] == "ann", "the user joins the docker group"
+
+
+def test_a_failed_installation_keeps_the_package_managers_words(tmp_path: Path) -> None:
+    guest = FakeGuest({"apt-get": 100})
+    with pytest.raises(GuestError, match="docker could not be installed") as caught:
+        asyncio.run(Docker().provision(guest, make_context(tmp_path)))
+    assert caught.value.details == "E: Unable to locate package"
+
+
+def test_the_profiles_settings_reach_daemon_json_and_a_running_daemon(tmp_path: Path) -> None:
+    guest = FakeGuest({"command -v dockerd": b"installed\nrunning\n"})
+    context = replace(make_context(tmp_path), settings={"registry-mirrors": ["http://m"], "userland-proxy": False})
+
+    async def main() -> None:
+        await Docker().provision(guest, context)
+        await Docker().provision(guest, context)
+
+    asyncio.run(main())
+    assert json.loads(guest.files[DAEMON_JSON]) == {"registry-mirrors": ["http://m"], "userland-proxy": False}
+    assert guest.scripts().count("systemctl restart") == 1, "only where the file changed"
+
+
+def test_start_does_not_wait_and_ready_joins_the_job(tmp_path: Path) -> None:
+    guest, context = FakeGuest(), make_context(tmp_path)
+
+    async def main() -> bool:
+        await Docker().start(guest, context)
+        return await Docker().ready(guest, context)
+
+    assert asyncio.run(main())
+    assert "--no-block" in guest.commands[0][2] and guest.commands[0][4:] == ["containerd", "docker"]
+    assert "--no-block" not in guest.commands[1][2]
+    assert guest.envs[1]["QVM_SOCKETS"] == "/run/docker.sock"
+
+
+def test_not_ready_yet_is_no_error(tmp_path: Path) -> None:
+    assert asyncio.run(Docker().ready(FakeGuest({"exit 3": "late"}), make_context(tmp_path))) is False
+
+
+def test_a_service_that_failed_is_an_error_with_its_journal(tmp_path: Path) -> None:
+    guest = FakeGuest({"exit 3": 3, "journalctl": b"level=fatal msg=nope\n"})
+    with pytest.raises(GuestError, match="failed to start") as caught:
+        asyncio.run(Docker().ready(guest, make_context(tmp_path)))
+    assert caught.value.details is not None and "msg=nope" in caught.value.details
+
+
+def test_stop_ends_the_socket_first_so_that_nothing_starts_it_again(tmp_path: Path) -> None:
+    guest = FakeGuest()
+    asyncio.run(Docker().stop(guest, make_context(tmp_path)))
+    assert guest.commands[0][4:] == ["docker.socket", "docker", "containerd"]
+
+
+@pytest.mark.parametrize(
+    ("said", "version"),
+    [
+        (b"Docker version 26.1.5+dfsg1, build a72d7cd\n", "docker 26.1.5"),
+        (b"Docker version 28.2.2, build e6534b4\n", "docker 28.2.2"),
+    ],
+)
+def test_version(said: bytes, version: str, tmp_path: Path) -> None:
+    assert asyncio.run(Docker().version(FakeGuest({"--version": said}), make_context(tmp_path))) == version
