@@ -167,7 +167,10 @@ def _subclasses(cls: type[QvmError]) -> list[type[QvmError]]:
 
 def error_from_dict(data: dict[str, Any]) -> QvmError:
     """Rebuild an error that crossed the control socket; an unknown code becomes a plain `QvmError`."""
-    by_code = {cls.code: cls for cls in _subclasses(QvmError)}
+    # A class without a code of its own shares its parent's, which then stands for both: the first one counts.
+    by_code: dict[str, type[QvmError]] = {}
+    for known in _subclasses(QvmError):
+        by_code.setdefault(known.code, known)
     cls = by_code.get(str(data.get("code")), QvmError)
     log_path = Path(data["log_path"]) if data.get("log_path") else None
     message, hint, details = str(data.get("message", "unknown error")), data.get("hint"), data.get("details")
@@ -176,4 +179,7 @@ def error_from_dict(data: dict[str, Any]) -> QvmError:
     if issubclass(cls, NotReadyError):
         return NotReadyError(str(data.get("requirement", "?")), message, hint=hint, details=details,
                              log_path=log_path)
+    # What a constructor of another shape wants (a command's argv, say) did not cross; the nearest plain parent will do.
+    while "__init__" in vars(cls) and cls is not QvmError:
+        cls = next(base for base in cls.__bases__ if issubclass(base, QvmError))
     return cls(message, hint=hint, details=details, log_path=log_path)

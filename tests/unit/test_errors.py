@@ -9,6 +9,7 @@ import pytest
 
 from qvm import errors
 from qvm.errors import ConfigError, NotReadyError, QvmError, error_from_dict
+from qvm.process import CommandError
 
 
 def all_classes() -> list[type[QvmError]]:
@@ -58,3 +59,15 @@ def test_an_unknown_code_is_a_plain_error() -> None:
     back = error_from_dict({"code": "from-the-future", "message": "m", "hint": None})
     assert type(back) is QvmError
     assert back.message == "m"
+
+
+def test_a_class_with_another_constructor_comes_back_as_its_parent() -> None:
+    class OddError(errors.QemuError):
+        def __init__(self, number: int) -> None:
+            super().__init__(f"number {number}", hint="h")
+
+    back = error_from_dict(OddError(7).to_dict())
+    assert type(back) is errors.QemuError
+    assert (back.message, back.hint) == ("number 7", "h")
+    back = error_from_dict(CommandError(["/bin/false"], 1, "why").to_dict())
+    assert (back.message, back.details) == ("false failed with exit code 1", "why")
