@@ -79,9 +79,9 @@ def save_run(profile: str, run: Run) -> None:
 
 
 def clear_run(profile: str) -> None:
-    """Forget a process that has gone, and its sockets."""
+    """Forget a QEMU process that has gone, and the sockets it left; the supervisor's own socket is its own."""
     files = Files(profile)
-    for path in (files.run, *files.sockets()):
+    for path in (files.run, files.monitor_socket, files.agent_socket, files.stream_socket):
         path.unlink(missing_ok=True)
 
 
