@@ -6,19 +6,15 @@ A plugin that fails to import or is no `Runtime` spoils only itself: `list_runti
 from __future__ import annotations
 
 import difflib
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
+from importlib.metadata import EntryPoint
 
+from qvm.config.plugins import find_plugins
 from qvm.errors import HostError, UsageError
 from qvm.log import get_logger
 from qvm.runtime.base import Runtime
 
 log = get_logger(__name__)
-
-GROUP = "qvm.runtimes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ def load_runtime(name: str) -> Runtime:
 
     UsageError with the nearest name where there is none, HostError where its plugin is broken.
     """
-    found = _find_plugins()
+    found = find_plugins()
     entry = found.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, found, n=1)
@@ -48,7 +44,7 @@ def load_runtime(name: str) -> Runtime:
 def list_runtimes() -> list[RuntimeInfo]:
     """All installed plugins, sorted by name; broken ones with the reason."""
     infos = []
-    for name, entry in sorted(_find_plugins().items()):
+    for name, entry in sorted(find_plugins().items()):
         try:
             infos.append(RuntimeInfo(name, _load(entry).summary))
         except HostError as error:
@@ -78,37 +74,3 @@ def _load(entry: EntryPoint) -> Runtime:
 def _reinstall_hint(entry: EntryPoint) -> str:
     package = entry.dist.name if entry.dist is not None else "qvm"
     return f"update or remove the package it comes from: pip install --upgrade {package}"
-
-
-def _find_plugins() -> Mapping[str, EntryPoint]:
-    """Entry points by name. Where two packages offer the same name, qvm's own wins and the log says so."""
-    found = {entry.name: entry for entry in _declared_beside_checkout()}
-    for entry in entry_points(group=GROUP):
-        known = found.get(entry.name)
-        ours = entry.dist is not None and entry.dist.name == "qvm"
-        if known is not None and known.value != entry.value and not ours:
-            log.warning("two runtime plugins are called %r; %s is left out", entry.name, entry.value)
-            continue
-        found[entry.name] = entry
-    return found
-
-
-def _declared_beside_checkout() -> list[EntryPoint]:
-    """What pyproject.toml declares beside a checkout that runs without having been installed.
-
-    The folders are then importable under their own names (qvm itself was), not under those the wheel gives them.
-    """
-    path = Path(__file__).resolve().parents[2] / "pyproject.toml"
-    try:
-        document = tomllib.loads(path.read_text())
-        if document["project"]["name"] != "qvm":
-            return []
-        declared: dict[str, str] = document["project"]["entry-points"][GROUP]
-        folders: dict[str, str] = document["tool"]["setuptools"]["package-dir"]
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
-        return []
-    entries = []
-    for name, value in declared.items():
-        package, dot, rest = value.partition(".")
-        entries.append(EntryPoint(name, folders.get(package, package).replace("/", ".") + dot + rest, GROUP))
-    return entries

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# Kubernetes' interface is not served here and takes a good part of containerd's start.
+# Kubernetes' interface is not served here; it takes a good part of containerd's start and listens on a port.
 CONTAINERD_DEFAULTS: dict[str, Any] = {"version": 2, "disabled_plugins": ["io.containerd.grpc.v1.cri"]}
 
 

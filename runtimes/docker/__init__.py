@@ -20,6 +20,9 @@ from qvm.runtime.services import (
 from .context import DockerContexts, ForeignContextError, config_folder, context_name
 
 DAEMON_JSON = PurePosixPath("/etc/docker/daemon.json")
+CONTAINERD_TOML = PurePosixPath("/etc/containerd/config.toml")
+# dockerd uses no Kubernetes interface, which costs a part of containerd's start and listens on a port.
+CONTAINERD_CONFIG = b'version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
 SERVICES = ("containerd", "docker")
 PACKAGES = {"apt": "docker.io", "apk": "docker", "dnf": "moby-engine"}
 # docker-proxy listens where a container publishes a port, which is how the host learns of it.
@@ -46,9 +49,10 @@ class Docker(Runtime):
     units = ("docker.service", "containerd.service")
 
     async def provision(self, guest: Guest, context: RuntimeContext) -> None:
-        look, changed = await asyncio.gather(
+        look, changed, _ = await asyncio.gather(
             guest.exec(["sh", "-c", _LOOK]),
             guest.write_file(DAEMON_JSON, render_daemon_json(context.settings)),
+            guest.write_file(CONTAINERD_TOML, CONTAINERD_CONFIG),
         )
         found = look.stdout.split()
         if b"installed" not in found:

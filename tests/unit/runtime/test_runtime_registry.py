@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qvm.config import plugins
 from qvm.errors import HostError, UsageError
 from qvm.runtime import registry
 from qvm.runtime.base import Runtime
@@ -17,14 +18,14 @@ def with_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_plugin.py").write_text("import a_module_that_is_not_there\n")
     (tmp_path / "odd_plugin.py").write_text("class Odd:\n    summary = 'odd'\nTHING = 3\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    real = registry.entry_points
+    real = plugins.entry_points
     values = {"broken": "broken_plugin:Broken", "odd": "odd_plugin:Odd", "gone": "odd_plugin:Gone",
               "thing": "odd_plugin:THING", "alias": "runtimes.none:NoRuntime", "docker": "odd_plugin:Odd"}
 
     def entry_points(*, group: str) -> list[EntryPoint]:
         return [*real(group=group), *(EntryPoint(name, value, group) for name, value in values.items())]
 
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
 
 
 @pytest.mark.parametrize("name", ["docker", "containerd", "none"])
@@ -62,5 +63,5 @@ def test_nobody_takes_the_name_of_one_of_ours() -> None:
 def test_listing_names_imports_no_plugin() -> None:
     for module in [name for name in sys.modules if name.endswith("none") and "runtimes" in name]:
         del sys.modules[module]
-    registry._find_plugins()
+    plugins.list_runtime_names()
     assert not any(name.endswith("runtimes.none") for name in sys.modules)
