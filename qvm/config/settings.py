@@ -16,7 +16,6 @@ from qvm.config import validate
 from qvm.config.context import Context, Problem
 from qvm.config.kinds import ArchName, Count, Kind, Mounts, Size, Switch, Text, TextList, Variables
 from qvm.config.names import DEFAULT_PROFILE
-from qvm.config.plugins import list_runtime_names
 from qvm.units import GiB
 
 
@@ -80,10 +79,17 @@ def default_hostname(context: Context) -> str:
     return "qvm-" + context.profile.replace("_", "-").replace(".", "-").rstrip("-")
 
 
+def _runtime_names() -> Sequence[str]:
+    # Reading the metadata of installed packages costs more than all of `--help`.
+    from qvm.config.plugins import list_runtime_names
+
+    return list_runtime_names()
+
+
 def _validate_runtime(value: str, context: Context) -> list[Problem]:
     from difflib import get_close_matches
 
-    names = list_runtime_names()
+    names = _runtime_names()
     if value in names:
         return []
     near = get_close_matches(value, names, 1)
@@ -127,7 +133,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "runtime", "runtime", Text(), ("-r", "--runtime"), "NAME", "what runs containers", "docker",
         default=lambda context: "containerd", default_text="containerd", env="QVM_DEFAULT_RUNTIME",
-        change=Change.FIXED, choices=list_runtime_names, validate=_validate_runtime,
+        change=Change.FIXED, choices=_runtime_names, validate=_validate_runtime,
     ),
     Setting(
         "accel", "accel", Text(), ("--accel",), "NAME", "accelerator; `auto` takes what is proven to work", "tcg",
