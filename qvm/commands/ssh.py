@@ -20,10 +20,13 @@ def ssh(
 ) -> int:
     """A shell, or `argv`, in the guest on our own terminal; returns its exit code.
 
-    Starts in the working directory where that is mounted. `tty` None: a terminal where ours is one.
+    A single word is a line for the guest's shell, as ssh has it (`-- "a | b"`); several are one program and its
+    arguments, passed unchanged. Starts in the working directory where that is mounted. `tty` None: a terminal where
+    ours is one.
     """
     record = load_running(profile)
-    remote = remote_command(record, list(argv), cwd=cwd)
+    line = argv[0] if len(argv) == 1 else shlex.join(argv)
+    remote = remote_command(record, line, cwd=cwd)
     return _call_ssh(record, remote, agent=agent, tty=_wants_tty(argv) if tty is None else tty)
 
 
@@ -39,7 +42,7 @@ def run_client(profile: str, client: str, argv: Sequence[str], *, cwd: Path) -> 
             f"{profile!r} runs {record.config.runtime}, which has no {client}",
             hint=f"`qvm start NAME --runtime containerd` makes one that has {client}" if client == "nerdctl" else None,
         )
-    remote = remote_command(record, [*prefix, *argv], cwd=cwd)
+    remote = remote_command(record, shlex.join([*prefix, *argv]), cwd=cwd)
     return _call_ssh(record, remote, tty=_wants_tty(argv) and _asks_terminal(argv))
 
 
@@ -56,14 +59,13 @@ def load_running(profile: str) -> Record:
     return record
 
 
-def remote_command(record: Record, argv: Sequence[str], *, cwd: Path) -> str | None:
-    """The shell line for sshd; None for a plain login shell with nowhere to change to."""
+def remote_command(record: Record, line: str, *, cwd: Path) -> str | None:
+    """What sshd runs: `line` in the working directory; None for a plain login shell with nowhere to change to."""
     folder = guest_folder(record.config.mounts, cwd)
-    words = shlex.join(argv)
     if folder is None:
-        return words or None
+        return line or None
     change = f"cd {shlex.quote(str(folder))}"
-    return f"{change} && {words}" if words else f'{change} && exec "$SHELL" -l'
+    return f"{change} && {line}" if line else f'{change} && exec "$SHELL" -l'
 
 
 def guest_folder(mounts: Sequence[Mount], cwd: Path) -> PurePosixPath | None:
