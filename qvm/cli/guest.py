@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qvm.cli.invocation import Invocation, common_options
+from qvm.cli.invocation import Invocation, common_options, complete_profile
 from qvm.cli.life import working_directory
 from qvm.cli.output import emit
 from qvm.errors import UsageError
@@ -27,7 +27,7 @@ class RestCommand(click.Command):
 @common_options(json=False, name=False)
 @click.option("-A", "agent", is_flag=True, help="Let the guest use your SSH agent.")
 @click.option("-t/-T", "--tty/--no-tty", "tty", default=None, help="With a terminal, or without. [where ours is one]")
-@click.argument("words", metavar="[NAME] [-- COMMAND...]", nargs=-1)
+@click.argument("words", metavar="[NAME] [-- COMMAND...]", nargs=-1, shell_complete=complete_profile)
 def ssh(invocation: Invocation, /, *, agent: bool, tty: bool | None, words: tuple[str, ...]) -> int:
     """Open a shell in a VM, or run COMMAND there; in the working directory where that is mounted."""
     from qvm.commands.ssh import ssh as do_ssh

@@ -40,7 +40,7 @@ def _complete_log(ctx: click.Context, param: click.Parameter, incomplete: str) -
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes.")
 @click.option("--lines", type=click.IntRange(min=0), default=200, metavar="N", help="How many of the last lines. [200]")
 def logs(invocation: Invocation, /, *, words: tuple[str, ...], follow: bool, lines: int) -> None:
-    """Show a VM's logs; KIND is serial (the guest's console, the default), supervisor, qemu, runtime or boot."""
+    """Show a VM's logs; KIND is serial (the guest's console, the default), supervisor, runtime or boot."""
     from qvm.commands.logs import logs as do_logs
 
     kinds = [word for word in words if word in LOG_KINDS]

@@ -11,7 +11,7 @@ DEFAULT_PROFILE = "default"
 _PROFILE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,38}")
 
 # Words that stand where a profile's name may stand on the command line.
-LOG_KINDS = ("serial", "supervisor", "qemu", "runtime", "boot")
+LOG_KINDS = ("serial", "supervisor", "runtime", "boot")
 RESERVED = frozenset({*LOG_KINDS, "all", "none"})
 
 

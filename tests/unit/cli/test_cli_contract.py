@@ -377,6 +377,7 @@ def test_completion_of_verbs_flags_profiles_runtimes_and_images(
     assert "--cpus" in complete("start", "--")
     assert complete("status", "") == ["dev"]
     assert complete("-p", "d") == ["dev"]
+    assert complete("ssh", "") == ["dev"]
     assert complete("start", "--runtime", "d") == ["docker"]
     assert complete("start", "--accel", "") == ["auto", "kvm", "hvf", "tcg"]
     assert complete("start", "--image", "deb") == ["debian-13"]
