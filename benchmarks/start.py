@@ -51,7 +51,8 @@ def supervisor_events(folder: Path) -> dict[str, float]:
 
 
 def measure_instance(arguments: argparse.Namespace, env: dict[str, str]) -> None:
-    start = [QVM, "start", "bench", "--runtime", arguments.runtime, "--memory", str(arguments.memory), "--mount", "none"]
+    start = [QVM, "start", "bench", "--mount", "none"]
+    start += ["--runtime", arguments.runtime, "--memory", str(arguments.memory)]
     os.environ.update(env)
     folder = Path(env["QVM_HOME"]) / "_instances" / "bench"
     first, again, stops, phases = [], [], [], []
@@ -61,12 +62,12 @@ def measure_instance(arguments: argparse.Namespace, env: dict[str, str]) -> None
         if arguments.runtime == "docker":
             run(["docker", "info"], env)
 
-    for _ in range(arguments.rounds):
+    for number in range(arguments.rounds):
         first.append(timed(wait_runtime))
         phases.append(supervisor_events(folder))
         stops.append(timed(lambda: run([QVM, "stop", "bench"], env)))
         again.append(timed(wait_runtime))
-        if _ < arguments.rounds - 1:
+        if number < arguments.rounds - 1:
             run([QVM, "delete", "bench", "-f", "--data"], env)
     row(f"cold start, new instance, to {arguments.runtime} answering", seconds(first), "goal 25 s")
     for name in phases[0]:

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from qvm.config.names import LOG_KINDS
 from qvm.errors import UsageError
 from qvm.filenames import Files
 from qvm.instance.store import load_record
 from qvm.supervisor.client import call
 
-KINDS = ("serial", "supervisor", "runtime", "boot")
 FOLLOW_PAUSE = 0.2
 
 
@@ -26,8 +26,8 @@ def logs(profile: str, kind: str = "serial", *, follow: bool = False, lines: int
         return _file(files.serial_log, lines, follow=follow)
     if kind == "supervisor":
         return _files(files, lines, follow=follow)
-    if kind not in KINDS:
-        raise UsageError(f"unknown log {kind!r}", hint=f"there are: {', '.join(KINDS)}")
+    if kind not in LOG_KINDS:
+        raise UsageError(f"unknown log {kind!r}", hint=f"there are: {', '.join(LOG_KINDS)}")
     if follow:
         raise UsageError(f"`logs --follow` cannot follow {kind}",
                          hint=f"`qvm ssh {profile} -- journalctl -f` follows the guest's journal")

@@ -7,20 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvm.config.resolve import Resolved, resolve_config
-from qvm.config.save import save_profile
-from qvm.config.validate import validate_profile_name
-from qvm.errors import ConfigError, QvmError
-from qvm.filenames import Files
-from qvm.instance.record import Record, config_to_dict
-from qvm.instance.store import clear_run, find_record, find_run, lock_instance, save_record
 from qvm.commands.prepare import prepare
 from qvm.commands.results import StartResult
 from qvm.commands.status import status
 from qvm.commands.stop import stop_locked
+from qvm.config.resolve import Resolved, describe_changes, resolve_config
+from qvm.config.save import save_profile
+from qvm.config.validate import validate_profile_name
+from qvm.errors import ConfigError, QvmError
+from qvm.instance.record import Record, config_to_dict
+from qvm.instance.store import clear_run, find_record, find_run, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor.client import Event
-from qvm.supervisor.launch import ensure_supervisor, watch_until_ready
+from qvm.supervisor.launch import ensure_supervisor, wait_supervisor_gone, watch_until_ready
 
 
 def start(
@@ -63,7 +62,8 @@ def start_locked(
         progress.note(note)
     clear_run(profile)
     prepared = prepare(resolved.config, record, progress=progress)
-    save_profile(resolved)
+    for note in save_profile(resolved):
+        progress.note(note)
     _boot(profile, progress=progress)
     notes = [*resolved.notes, *prepared.notes]
     return StartResult(profile, True, status(profile), notes, time.monotonic() - began)
@@ -73,11 +73,7 @@ def _join_running(record: Record, resolved: Resolved, *, progress: Progress, beg
     """A start of what runs already: mend its supervisor if need be, change nothing, name what differs."""
     profile = record.config.profile
     notes = [f"{profile!r} runs already"]
-    differing = [
-        key for key in resolved.explicit
-        if getattr(resolved.config, key) != getattr(record.config, key)
-    ]
-    if differing:
+    if differing := describe_changes(record.config, resolved.config):
         notes.append(f"not changed while it runs: {', '.join(differing)}; `qvm restart {profile}` with the same "
                      "flags applies it")
     for note in notes:
@@ -96,6 +92,9 @@ def _boot(profile: str, *, progress: Progress, quiet: bool = False) -> None:
         if not quiet:
             progress.note("interrupted: stopping the VM")
             stop_locked(profile, force=True, progress=progress)
+        raise
+    except QvmError:
+        wait_supervisor_gone(profile)
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from qvm.errors import InstanceStateError
 from qvm.filenames import Files
 from qvm.instance.record import Record, Run
-from qvm.instance.store import find_record, find_run, list_profiles, load_record
+from qvm.instance.store import find_run, list_profiles, load_record
 from qvm.supervisor.launch import find_status
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
+from qvm.commands.results import StopResult
 from qvm.filenames import Files
 from qvm.instance.store import clear_run, find_record, find_run, load_record, lock_instance
-from qvm.commands.results import StopResult
 from qvm.progress import Progress
 from qvm.supervisor.client import NoSupervisorError, call
-from qvm.supervisor.launch import end_stuck_supervisor, ensure_supervisor, find_status
+from qvm.supervisor.launch import end_stuck_supervisor, ensure_supervisor, find_status, wait_supervisor_gone
 
 
 def stop(profile: str, *, force: bool = False, progress: Progress) -> StopResult:
@@ -39,10 +39,12 @@ def _ask_supervisor(profile: str, *, force: bool) -> str:
     """Have the supervisor stop the machine; a dead one is replaced, which adopts QEMU and restores the host."""
     socket = Files(profile).control_socket
     try:
-        return str(call(socket, "stop", force=force, timeout=None)["how"])
+        how = str(call(socket, "stop", force=force, timeout=None)["how"])
     except NoSupervisorError:
         ensure_supervisor(profile)
-        return str(call(socket, "stop", force=force, timeout=None)["how"])
+        how = str(call(socket, "stop", force=force, timeout=None)["how"])
+    wait_supervisor_gone(profile)
+    return how
 
 
 def restore_host(profile: str) -> None:

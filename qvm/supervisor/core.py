@@ -110,12 +110,12 @@ class Supervisor:
             await self._unless_qemu_ends(wait_until_ready(wanted, self._on_requirement))
         finally:
             said_hello.cancel()
-        version = await self.runtime.version(self.link.channel, self.context)
         await self.link.open_sockets(self.runtime.sockets)
         switch = self.record.config.activate
         notes = await asyncio.to_thread(self.runtime.activate, self.context, switch=switch)
         for note in notes or ():
             self.bus.publish("note", text=note)
+        version = await self.runtime.version(self.link.channel, self.context)
         self.run = replace(self.run, runtime_version=version, ready=True)
         save_run(self.profile, self.run)
         self.phase = "running"

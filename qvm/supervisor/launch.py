@@ -17,6 +17,7 @@ from qvm.wait import Deadline, wait_until
 
 LAUNCH_TIMEOUT = 30.0
 STATUS_TIMEOUT = 3.0
+GOODBYE_TIMEOUT = 5.0
 
 
 def find_status(profile: str) -> dict[str, Any] | None:
@@ -86,6 +87,13 @@ def supervisor_identity(profile: str) -> Identity | None:
     finally:
         os.close(fd)
     return None
+
+
+def wait_supervisor_gone(profile: str) -> None:
+    """Wait for the end of a supervisor that has said it is done; one that hangs there is ended."""
+    identity = supervisor_identity(profile)
+    if identity is not None and not wait_gone(identity, Deadline(GOODBYE_TIMEOUT)):
+        end_stuck_supervisor(profile)
 
 
 def end_stuck_supervisor(profile: str) -> None:
