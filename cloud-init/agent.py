@@ -11,17 +11,18 @@ mounts) runs in a thread of its own and posts its answer back.
     agent.py [--control PATH|fd:N] [--streams PATH|fd:N] [--seed DEVICE|FILE|none] [--root DIR]
 """
 
+# The C halves of `socket`, `threading`, `collections` and `struct` are all we need: importing their Python halves costs
+# 170 ms of every boot under software emulation, and `json` another 300 ms (for `re`).
+import _socket as socket
+import _struct as struct
+import _thread
 import binascii
 import errno
-import json
 import os
 import select
-import socket
-import struct
 import sys
-import threading
 import time
-from collections import deque
+from _collections import deque
 
 VERSION = 1
 CONTROL_PORT, STREAM_PORT = "org.qvm.agent", "org.qvm.stream"
@@ -46,6 +47,43 @@ def b64(data):
 
 def unb64(text):
     return binascii.a2b_base64(text)
+
+
+try:
+    import _json
+
+    class _Context:
+        strict, memo = True, {}
+        object_hook = object_pairs_hook = None
+        parse_float, parse_int, parse_constant = float, int, float
+
+    _scan = _json.make_scanner(_Context)
+    _encode = _json.make_encoder(None, None, _json.encode_basestring_ascii, None, ":", ",", False, False, True)
+
+    def parse_json(data):
+        """ValueError for what is no JSON, or more than one value."""
+        text = str(data, "utf-8").strip()
+        try:
+            value, end = _scan(text, 0)
+        except (StopIteration, SystemError):  # the latter where the C code misses its exception's Python half
+            raise ValueError("no JSON") from None
+        if end != len(text):
+            raise ValueError("more than one JSON value")
+        return value
+
+    def to_json(value):
+        return "".join(_encode(value, 0)).encode()
+
+    if parse_json(to_json({"a": [1, "é", None, True]})) != {"a": [1, "é", None, True]}:
+        raise ImportError("_json is not as it was")
+except (ImportError, AttributeError, TypeError):
+    import json
+
+    def parse_json(data):
+        return json.loads(data)
+
+    def to_json(value):
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def sha256(data):
@@ -200,7 +238,7 @@ def is_blank(device):
     try:
         size = device_size(fd)
         span = min(2 << 20, size)
-        return not any(os.pread(fd, span, 0)) and not any(os.pread(fd, span, size - span))
+        return not os.pread(fd, span, 0).strip(b"\0") and not os.pread(fd, span, size - span).strip(b"\0")
     finally:
         os.close(fd)
 
@@ -245,7 +283,7 @@ def write_atomic(path, data, mode=0o644, owner=None):
         if old.st_mode & 0o7777 == mode and same_owner and old.st_size == len(data) and read(path) == data:
             return False
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.qvm-{os.getpid()}-{threading.get_ident()}"
+    temporary = f"{path}.qvm-{os.getpid()}-{_thread.get_ident()}"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(fd, "wb") as file:
@@ -450,7 +488,8 @@ class Personality:
         drop_in = "/etc/systemd/system/service.d/10-qvm-environment.conf"
         changed = self.put(drop_in, f"[Service]\nEnvironmentFile=-{STATE_FOLDER}/environment\n")
         if changed and env and self.live and os.path.isdir("/run/systemd/system"):
-            run_program(["systemctl", "--no-ask-password", "daemon-reload"])
+            # systemd reads drop-ins when it loads units, which it has done for this boot; reloading takes seconds.
+            run_program(["systemctl", "set-environment", *(f"{name}={value}" for name, value in env.items())])
 
     def dns(self):
         servers = self.doc.get("dns") or [NAMESERVER]
@@ -523,8 +562,11 @@ def mount_9p(mount, user):
             if user.get("home") and path.startswith(user["home"] + "/"):
                 os.chown(path, int(user["uid"]), int(user["gid"]))
     flags = MS_NOSUID | MS_NODEV | (0 if mount.get("writable", True) else MS_RDONLY)
-    cache = mount.get("cache", "none")
-    sys_mount(tag, target, "9p", flags, f"trans=virtio,version=9p2000.L,msize=524288,cache={cache},access=any")
+    # What the host changes must be seen, also in files that are open here: since Linux 6.4 every cache mode, mmap
+    # included, shows NUL bytes where the host has appended. `directio` sends reads and writes past the cache and
+    # leaves it to shared mappings, which cache=none would refuse; older kernels do just that and ignore the word.
+    cache = mount.get("cache", "mmap,directio")
+    sys_mount(tag, target, "9p", flags, f"trans=virtio,version=9p2000.L,msize=512000,access=any,cache={cache}")
     return True
 
 
@@ -633,7 +675,7 @@ class Listeners:
     @staticmethod
     def mappings(raw):
         try:
-            wanted = json.loads(raw)["capabilityArgs"]["portMappings"]
+            wanted = parse_json(raw)["capabilityArgs"]["portMappings"]
             for mapping in wanted:
                 # go-cni writes HostPort where CNI's convention says hostPort; Go reads either.
                 item = {key.lower(): value for key, value in mapping.items()}
@@ -1040,6 +1082,8 @@ def open_port(where, name):
     if where:
         return os.open(where, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     pause = 0.005
+    if not os.path.isdir("/sys/bus/virtio/drivers/virtio_console"):
+        os.posix_spawnp("modprobe", ["modprobe", "virtio_console"], os.environ)  # udev would do it seconds later
     while True:
         # Not /dev/virtio-ports: those links are udev's, which starts later than we do.
         folder = "/sys/class/virtio-ports"
@@ -1055,8 +1099,16 @@ def notify_ready():
     """Tell systemd that the seed is applied (sd_notify(3)): units ordered after ours begin now."""
     address = os.environ.pop("NOTIFY_SOCKET", None)
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sender.sendto(b"READY=1", "\0" + address[1:] if address[0] == "@" else address)
+        sender.close()
+
+
+def wait_until_writable(root):
+    """Some images mount their root read-only at first; systemd remounts it at about the time we start."""
+    end = time.monotonic() + 60
+    while os.path.isdir(root) and os.statvfs(root).f_flag & os.ST_RDONLY and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 class Agent:
@@ -1065,27 +1117,35 @@ class Agent:
         self.poll = select.epoll()
         self.outputs = select.epoll()  # pipes of commands; muted as one while the control port is full
         self.handlers = {}
-        self.control = Port(open_port(options["--control"], CONTROL_PORT))
-        self.mux = Mux(self, Port(open_port(options["--streams"], STREAM_PORT)))
         self.lines = bytearray()
         self.session = None
         self.commands = {}
         self.uploads = {}
         self.env = {}
         self.seed = {"state": "pending"}
-        self.applying = threading.Lock()
+        self.applying = _thread.allocate_lock()
         self.listeners = None
         self.stopping = False
         self.muted = set()
         self.posted = deque()
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
+
+    def start(self):
+        _thread.start_new_thread(self.apply_seed, ())
+        self.control = Port(open_port(self.options["--control"], CONTROL_PORT))
+        self.mux = Mux(self, Port(open_port(self.options["--streams"], STREAM_PORT)))
         ports = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
         self.watch(self.control.fd, self.on_control, ports)
         self.watch(self.mux.port.fd, self.mux.on_port, ports)
         self.watch(self.wake_read, self.on_wake, select.EPOLLIN)
         for inner in (self.outputs, self.mux.sockets):
             self.watch(inner.fileno(), lambda _events, inner=inner: self.dispatch(inner, 0), select.EPOLLIN)
+        # Whoever listens already learns that this is a new agent; without a host the line goes nowhere.
+        self.control.out += b"\n" + to_json({"event": "started", "pid": os.getpid()}) + b"\n"
+        self.control.flush()
+        self.control.out.clear()
+        self.run()
 
     # The loop.
 
@@ -1168,14 +1228,14 @@ class Agent:
                 answer = {"id": number, "error": f"{type(error).__name__}: {error}"}
             self.post(self.send, answer)
 
-        threading.Thread(target=work, daemon=True).start()
+        _thread.start_new_thread(work, ())
 
     # Control messages.
 
     def send(self, message):
         """To the host, if there is one: without a session nobody would read it."""
         if self.session is not None:
-            self.control.out += json.dumps(message, separators=(",", ":")).encode() + b"\n"
+            self.control.out += to_json(message) + b"\n"
 
     def on_control(self, _events=0):
         self.lines += self.control.read()
@@ -1193,7 +1253,7 @@ class Agent:
 
     def on_line(self, line):
         try:
-            message = json.loads(line)
+            message = parse_json(line)
             operation = getattr(self, "op_" + message["op"], None)
         except (ValueError, KeyError, TypeError):
             self.send({"event": "garbage", "message": line[:80].decode(errors="replace")})
@@ -1285,7 +1345,7 @@ class Agent:
         self.in_thread(message["id"], work)
 
     def op_apply(self, message):
-        raw = json.dumps(message["document"], sort_keys=True).encode()
+        raw = to_json(message["document"])
         self.in_thread(message["id"], lambda: {"seed": self.personalise(raw)})
 
     def op_listeners(self, message):
@@ -1334,7 +1394,7 @@ class Agent:
         return self.seed.get("user") or {}
 
     def personalise(self, raw):
-        document = json.loads(raw)
+        document = parse_json(raw)
         with self.applying:
             report = Personality(document, self.options["--root"]).apply(sha256(raw))
         self.env = document.get("env") or {}
@@ -1342,9 +1402,14 @@ class Agent:
         self.seed = {"state": state, **report, "user": document.get("user")}
         return self.seed
 
+    def seed_done(self):
+        self.send({"event": "seed", **self.seed})
+        os.setpriority(os.PRIO_PROCESS, 0, 0)  # our unit starts us ahead of others; commands must not be
+
     def apply_seed(self):
         """At our start, in a thread: the host may talk to us meanwhile, and hears when it is done."""
         try:
+            wait_until_writable(self.options["--root"])
             raw = load_seed(self.options["--seed"])
             if raw is None:
                 self.seed = {"state": "absent"}
@@ -1354,15 +1419,8 @@ class Agent:
             self.seed = {"state": "failed", "errors": [{"step": "seed", "message": f"{type(error).__name__}: {error}"}]}
             log("seed:", error)
         notify_ready()
-        self.post(lambda: self.send({"event": "seed", **self.seed}))
-
-    def start(self):
-        # Whoever listens already learns that this is a new agent; without a host the line goes nowhere.
-        self.control.out += b"\n" + json.dumps({"event": "started", "pid": os.getpid()}).encode() + b"\n"
-        self.control.flush()
-        self.control.out.clear()
-        threading.Thread(target=self.apply_seed, daemon=True).start()
-        self.run()
+        self.post(self.seed_done)
+        import subprocess  # noqa: F401 - now, so that the first command need not wait for it
 
 
 def main(argv=None):
@@ -1373,9 +1431,6 @@ def main(argv=None):
             print(__doc__, file=sys.stderr)
             return 2
         options[argv[0]], argv = argv[1], argv[2:]
-    import signal
-
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     Agent(options).start()
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from qvm.errors import DeadlineError, GuestCommandError
+from qvm.errors import DeadlineError, GuestCommandError, GuestError
 from qvm.execresult import ExecResult
 from qvm.guest.guestprocess import GuestProcess
 from qvm.guest.protocol import Hello as Hello
@@ -132,8 +132,18 @@ class AgentChannel(AgentWire):
         return SeedState.from_message(answer["seed"])
 
     async def wait_for_seed(self) -> SeedState:
-        """Waits until the agent is through with the seed (user, keys, disks, mounts), well or not."""
-        await self._seed_done.wait()
+        """Waits until the agent is through with the seed (user, keys, disks, mounts), well or not.
+
+        GuestError where the channel ends before.
+        """
+        seed, end = asyncio.ensure_future(self._seed_done.wait()), asyncio.ensure_future(self.wait_closed())
+        try:
+            await asyncio.wait({seed, end}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            seed.cancel()
+            end.cancel()
+        if not self._seed_done.is_set():
+            raise GuestError(f"the agent's channel is closed ({self.reason})")
         return self._seed
 
     async def watch_listeners(self) -> tuple[tuple[str, int], ...]:
@@ -192,6 +202,8 @@ class AgentChannel(AgentWire):
         self._seed = state
         if state.done:
             self._seed_done.set()
+        else:
+            self._seed_done.clear()  # the guest has rebooted
 
 
 def _tail(result: ExecResult) -> str | None:
