@@ -1,0 +1,35 @@
+"""The same on QEMU 10: boot, mount, exec, port, graceful stop, and the start after it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import TOOLS, User, fetch, wait_for
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def modern(user: User, cache_home: Path) -> User:
+    folder = cache_home / "test-tools" / "qemu10"
+    subprocess.run([TOOLS / "fetch-qemu10.sh", folder], check=True, capture_output=True, timeout=600)
+    user.env["QVM_QEMU"] = str(folder / "bin")
+    return user
+
+
+def test_whole_life_on_qemu_10(modern: User) -> None:
+    (modern.work / "index.html").write_text("from the host\n")
+    modern.qvm("start", "ten", "--runtime", "none", "--memory", "1")
+    assert "10." in modern.qvm("version").stdout
+    pid = modern.status("ten")["pid"]
+    assert str(modern.env["QVM_QEMU"]).rsplit("/", 1)[0] in os.readlink(f"/proc/{pid}/exe")
+    modern.qvm("ssh", "ten", "--", "sudo systemd-run --unit=web --working-directory=\"$PWD\" python3 -m http.server 8099")
+    assert wait_for(lambda: fetch(8099), 30, "the guest's web server on a mounted folder") == "from the host\n"
+    modern.qvm("stop", "ten")
+    assert modern.processes() == []
+    modern.qvm("start", "ten")
+    assert modern.status("ten")["state"] == "running"
+    modern.qvm("delete", "ten", "-f", "--data")
