@@ -50,7 +50,7 @@ rm -rf "$root"/var/lib/apt/lists/* "${cache:?}"/* "$root"/var/cache/apt/*.bin "$
 	"$root"/var/log/* "$root"/etc/ssh/ssh_host_* "$root"/boot/initrd* "$root"/initrd* "$root"/vmlinuz* \
 	"$root"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$root"/etc/apt/apt.conf.d/99mmdebstrap "$root"/etc/hostname \
 	"$root"/etc/.pwd.lock "$root"/var/lib/dpkg/*-old "$root"/var/lib/systemd/random-seed
-mkdir -p "$root"/var/log/journal
+
 : >"$root/etc/machine-id"
 # An index of what is there costs nothing to keep and is asked for by people.
 chroot "$root" dpkg-query -W >"$QVM_WORK/packages"

@@ -37,7 +37,7 @@ def compile_module(base: Path, file: BakedFile) -> BakedFile:
 
 def unit_links(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
     """(symbolic link -> target, paths to remove) that mask, enable and disable units. Pure."""
-    links = {f"{_SYSTEM}/{unit}": "/dev/null" for unit in recipe.mask}
+    links = {path: "/dev/null" for path in (*(f"{_SYSTEM}/{unit}" for unit in recipe.mask), *recipe.mask_files)}
     for target, units in recipe.enable.items():
         links.update({f"{_SYSTEM}/{target}.wants/{unit}": f"{_UNITS}/{unit}" for unit in units})
     removed = [

@@ -69,12 +69,46 @@ def create_disk(path: Path, size: int) -> None:
     _create(path, size=size)
 
 
+# The file is new, so all of it reads as zeros; saying so keeps the guest from zeroing inode tables in the background.
+# meta_bg keeps the file system growable without limit, and its descriptors where they are used.
+_EXT4 = ("-q", "-F", "-t", "ext4", "-L", "qvm-data", "-m", "0", "-E", "assume_storage_prezeroed=1,nodiscard",
+         "-O", "^resize_inode,meta_bg")  # fmt: skip
+
+
+def create_data_disk(path: Path, size: int) -> None:
+    """A qcow2 (0600) of `size` bytes that holds an empty ext4, where this host has mke2fs; else an empty one.
+
+    Either way the guest ends with the same: it formats a blank disk itself, which takes seconds under emulation.
+    """
+    program = process.find_program("mke2fs")
+    raw = path.with_name(path.name + ".raw")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if program is not None:
+            with raw.open("wb") as file:
+                file.truncate(size)
+            if process.run([program, *_EXT4, raw], check=False).returncode == 0:
+                _qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", _OPTIONS, raw, partial)
+                partial.chmod(0o600)
+                partial.rename(path)
+                return
+    except OSError as error:
+        raise HostError(f"cannot make {path}: {error.strerror}", hint="check that its folder can be written to") from error
+    finally:
+        raw.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+    create_disk(path, size)
+
+
+_OPTIONS = "lazy_refcounts=on"
+
+
 def _create(path: Path, *words: str | Path, size: int) -> None:
     """Whole or not at all: what an interrupted call leaves is not at `path`."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
-        _qemu_img("create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on,extended_l2=off", *words, partial, str(size))
+        _qemu_img("create", "-q", "-f", "qcow2", "-o", _OPTIONS, *words, partial, str(size))
         partial.chmod(0o600)
         partial.rename(path)
     finally:

@@ -42,6 +42,6 @@ def collect_modules(
     dependencies = modules.parse_dependencies(read(folder / "modules.dep").decode())
     builtin = modules.parse_builtin(read(folder / "modules.builtin").decode())
     return [
-        (modules.module_name(path), modules.decompress(path, read(folder / path)))
+        (modules.module_name(path), modules.strip_signature(modules.decompress(path, read(folder / path))))
         for path in modules.resolve(wanted, dependencies, builtin)
     ]

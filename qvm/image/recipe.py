@@ -61,6 +61,8 @@ class Recipe:
     """Modules that are loaded at nearly every boot: stored without compression."""
     cmdline: str
     mask: tuple[str, ...]
+    mask_files: tuple[str, ...]
+    """Files of Debian's that a link to /dev/null at these paths overrides."""
     enable: dict[str, tuple[str, ...]]
     """Target unit -> units it wants."""
     disable: dict[str, tuple[str, ...]]
@@ -104,6 +106,7 @@ def find_recipe(name: str) -> Recipe | None:
             packages=words("packages"), initramfs_package=str(data["initramfsPackage"]), exclude=words("exclude"),
             include=words("include"), tools=words("tools"), initramfs_modules=words("initramfsModules"),
             plain_modules=words("plainModules"), cmdline=str(data["cmdline"]).strip(), mask=words("mask"),
+            mask_files=words("maskFiles"),
             enable=table("enable"), disable=table("disable"),
         )  # fmt: skip
     except (KeyError, ValueError) as error:
@@ -168,7 +171,7 @@ def _digest(document: Any) -> str:
 def base_key(recipe: Recipe, arch: Arch) -> str:
     """Names the part of an image that comes from the mirror: packages, and how they are unpacked."""
     parts = asdict(recipe)
-    for later in ("cmdline", "mask", "enable", "disable", "tools", "initramfs_modules", "title"):
+    for later in ("cmdline", "mask", "mask_files", "enable", "disable", "tools", "initramfs_modules", "title"):
         del parts[later]
     script = hashlib.sha256(build_script().read_bytes()).hexdigest()
     return _digest([FORMAT, parts, arch.name, script])
