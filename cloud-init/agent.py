@@ -233,11 +233,11 @@ class Ext4:
 
 
 def is_blank(device):
-    """Whether the first and last 2 MiB hold nothing: stricter than a list of signatures, and no program to run."""
+    """Whether the first and last MiB hold nothing: stricter than a list of signatures, and no program to run."""
     fd = os.open(device, os.O_RDONLY)
     try:
         size = device_size(fd)
-        span = min(2 << 20, size)
+        span = min(1 << 20, size)
         return not os.pread(fd, span, 0).strip(b"\0") and not os.pread(fd, span, size - span).strip(b"\0")
     finally:
         os.close(fd)
@@ -268,11 +268,17 @@ def grow_ext4(device, mountpoint):
 
 
 def run_program(argv):
-    import subprocess
-
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    if done.returncode:
-        raise Failure(f"{argv[0]}: {done.stdout.decode(errors='replace').strip()[-500:]}")
+    """Run a program to its end; Failure with its last words. By hand, because subprocess is not imported this early."""
+    reading, writing = os.pipe()
+    actions = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, writing, 1),
+               (os.POSIX_SPAWN_DUP2, writing, 2)]
+    pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
+    os.close(writing)
+    with open(reading, "rb") as output:
+        words = output.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code:
+        raise Failure(f"{argv[0]} ended with {code}: {words.decode(errors='replace').strip()[-500:]}")
 
 
 def write_atomic(path, data, mode=0o644, owner=None):
@@ -592,15 +598,15 @@ class Listeners:
         self.published = set()
         self.seen = None
         self.again = 0
-        self.stale = self.load_stale()
+        self.stale = None
 
-    def load_stale(self):
-        """Results left by an unclean end of an earlier boot belong to no container; learnt once in each boot."""
-        known = read(self.stale_file)
-        if known is None:
-            known = "".join(f"{name} {mtime}\n" for name, mtime in self.results()).encode()
-            write_atomic(self.stale_file, known, 0o600)
-        return set(known.decode().splitlines())
+    def remember_stale(self):
+        """Results that an unclean end of an earlier boot left belong to no container. To be called once the data disk
+        is mounted and before containers start; a restarted agent finds what the first one of this boot wrote.
+        """
+        if not os.path.exists(self.stale_file):
+            names = "".join(f"{name} {mtime}\n" for name, mtime in self.results())
+            write_atomic(self.stale_file, names.encode(), 0o600)
 
     def results(self):
         try:
@@ -657,6 +663,11 @@ class Listeners:
         return found
 
     def redirected(self):
+        if self.stale is None:
+            known = read(self.stale_file)
+            if known is None:
+                return self.published
+            self.stale = set(known.decode().splitlines())
         try:
             stamp = os.stat(self.results_folder).st_mtime_ns
         except OSError:
@@ -1415,6 +1426,7 @@ class Agent:
                 self.seed = {"state": "absent"}
             else:
                 self.personalise(raw)
+            Listeners(self.options["--root"]).remember_stale()
         except Exception as error:
             self.seed = {"state": "failed", "errors": [{"step": "seed", "message": f"{type(error).__name__}: {error}"}]}
             log("seed:", error)

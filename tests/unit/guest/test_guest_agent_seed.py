@@ -196,6 +196,8 @@ def test_ports_that_cni_redirects_are_reported(tmp_path: Path) -> None:
 
     attach("left-from-a-crash", [{"HostPort": 9999, "ContainerPort": 1, "Protocol": "tcp", "HostIP": ""}])
     listeners = agent.Listeners(str(tmp_path))
+    assert listeners.redirected() == set(), "nothing is told before it is known what is stale"
+    listeners.remember_stale()
     assert listeners.redirected() == set()
     attach("bridge-1-eth0", [
         {"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": "0.0.0.0"},
@@ -206,7 +208,9 @@ def test_ports_that_cni_redirects_are_reported(tmp_path: Path) -> None:
     (results / "none").write_text('{"capabilityArgs": null}')
     assert listeners.redirected() == {("0.0.0.0", 8080), ("127.0.0.1", 8081)}
     # A restarted agent knows what was stale before it, and what is not.
-    assert agent.Listeners(str(tmp_path)).redirected() == {("0.0.0.0", 8080), ("127.0.0.1", 8081)}
+    again = agent.Listeners(str(tmp_path))
+    again.remember_stale()
+    assert again.redirected() == {("0.0.0.0", 8080), ("127.0.0.1", 8081)}
     (results / "bridge-1-eth0").unlink()
     assert listeners.redirected() == set()
 
