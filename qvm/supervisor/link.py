@@ -59,6 +59,7 @@ class GuestLink:
         self._files = files
         self._publish = publish
         self._on_new_session = on_new_session
+        self._opened = False
         self._again: asyncio.Task[None] | None = None
         self._ssh = SshConnection(ssh)
         self.channel = AgentChannel(on_event=self._on_agent_event)
@@ -77,6 +78,7 @@ class GuestLink:
         await self.streams.connect(self._files.stream_socket)
         await self.channel.set_clock()
         await self.channel.watch_listeners()
+        self._opened = True
 
     async def open_sockets(self, wanted: Sequence[HostSocket]) -> None:
         for socket in wanted:
@@ -87,7 +89,7 @@ class GuestLink:
     def _on_agent_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "listeners":
             self._forwarder.set_listeners([(str(host), int(port)) for host, port in event["tcp"]])
-        elif event["event"] == "session":
+        elif event["event"] == "session" and self._opened:  # before that, it is the one that `open` itself begins
             self._again = asyncio.ensure_future(self._begin_again())
 
     async def _begin_again(self) -> None:
