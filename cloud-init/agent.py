@@ -522,7 +522,7 @@ class Personality:
         elif system.state & 2:  # EXT4_ERROR_FS: the kernel met an error earlier
             run_program(["sh", "-c", f"e2fsck -p {device}; test $? -le 1"])
         os.makedirs(target, exist_ok=True)
-        sys_mount(device, target, "ext4", MS_NOATIME, "discard")
+        sys_mount(device, target, "ext4", MS_NOATIME, "discard,noinit_itable")
         grow_ext4(device, target)
 
     def data_folders(self):
@@ -549,8 +549,10 @@ class Personality:
                 self.errors.append({"step": f"mount {mount.get('target')}", "message": str(error)})
 
 
-# The disk was proven blank, so nothing need be zeroed or discarded; inode tables are made when first used.
-MKFS_OPTIONS = ("-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1", "-O", "^resize_inode,meta_bg")
+# The disk was proven blank, so nothing need be zeroed or discarded. All metadata lies together: strewn over the disk as
+# by default it touches 67 tables of a qcow2 of 100 GiB instead of 12. Growing works without a resize inode (the kernel
+# goes over to meta_bg), tried from 10 GiB to 1 TiB.
+MKFS_OPTIONS = ("-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1,packed_meta_blocks=1", "-O", "^resize_inode")
 
 
 def mount_9p(mount, user):
