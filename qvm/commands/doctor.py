@@ -11,7 +11,8 @@ from qvm import paths
 from qvm.arch import Arch, find_arch, host_arch
 from qvm.errors import HostError, QvmError
 from qvm.filenames import Files, check_socket_path
-from qvm.image.store import Image, find_image
+from qvm.image.ensure import find_image
+from qvm.image.store import Image
 from qvm.instance.store import find_record
 from qvm.process import find_program
 from qvm.qemu.accel import choose_accelerator
@@ -84,14 +85,16 @@ def _accelerator(arch: Arch, features: QemuFeatures, image: Image | None) -> Ite
 
 
 def _builders(arch: Arch) -> Iterator[Check]:
-    from qvm.image.host import find_build_problems
+    from qvm.image.rootfs import check_foreign, check_programs
 
-    problems = find_build_problems(arch)
-    if not problems:
-        how = "as root" if os.getuid() == 0 else "in user namespaces"
-        yield Check("image builder", ok=True, message=f"can build {arch.name} images {how}")
-    for problem in problems:
-        yield Check("image builder", ok=False, message=problem.message, fix=problem.hint)
+    try:
+        check_programs()
+        check_foreign(arch)
+    except HostError as error:
+        yield Check("image builder", ok=False, message=error.message, fix=error.hint)
+        return
+    how = "as root" if os.geteuid() == 0 else "in user namespaces"
+    yield Check("image builder", ok=True, message=f"can build {arch.name} images {how}")
 
 
 def _clients() -> Iterator[Check]:

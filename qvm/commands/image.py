@@ -12,7 +12,7 @@ from qvm.progress import Progress
 
 def list_images() -> list[dict[str, Any]]:
     """The catalogue and what is in the cache, one row each."""
-    from qvm.image.store import describe_images
+    from qvm.image.ensure import describe_images
 
     return describe_images()
 
