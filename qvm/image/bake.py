@@ -1,4 +1,4 @@
-"""What qvm adds to a base image, written into its file system with debugfs: no mount, no root, and nothing copied twice.
+"""What qvm adds to a base image, written into its file system with debugfs: no mount, no root, no second copy.
 
 The agent is compiled here too, by the image's own Python, which otherwise would do that at an emulated first boot.
 """
@@ -37,7 +37,7 @@ def compile_module(base: Path, file: BakedFile) -> BakedFile:
 
 def unit_links(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
     """(symbolic link -> target, paths to remove) that mask, enable and disable units. Pure."""
-    links = {path: "/dev/null" for path in (*(f"{_SYSTEM}/{unit}" for unit in recipe.mask), *recipe.mask_files)}
+    links = dict.fromkeys((*(f"{_SYSTEM}/{unit}" for unit in recipe.mask), *recipe.mask_files), "/dev/null")
     for target, units in recipe.enable.items():
         links.update({f"{_SYSTEM}/{target}.wants/{unit}": f"{_UNITS}/{unit}" for unit in units})
     removed = [

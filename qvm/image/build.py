@@ -43,7 +43,7 @@ class _Background:
 
 
 def build_recipe(recipe: Recipe, arch: Arch, *, progress: Progress, force: bool) -> store.Image:
-    """Build the image and make it current; the caller holds its lock. `force` fetches the packages' present versions."""
+    """Build the image and make it current; the caller holds its lock. `force`: with the packages of today."""
     check_arch(recipe, arch)
     key = image_key(recipe, arch)
     log = paths.ensure_private_dir(paths.cache_home() / "logs") / f"build-{recipe.name}-{arch.name}.log"

@@ -54,7 +54,7 @@ def disk_info(path: Path, *, format: str = "qcow2") -> DiskInfo:
 
 
 def create_overlay(path: Path, *, backing: Path, backing_format: str, size: int) -> None:
-    """A qcow2 at `path` (0600) of `size` bytes over a read-only image. ImageError where that would cut the image off."""
+    """A qcow2 at `path` (0600) of `size` bytes over a read-only image; ImageError where that would cut the image."""
     base = disk_info(backing, format=backing_format)
     if size < base.virtual_size:
         raise ImageError(
@@ -93,7 +93,8 @@ def create_data_disk(path: Path, size: int) -> None:
                 partial.rename(path)
                 return
     except OSError as error:
-        raise HostError(f"cannot make {path}: {error.strerror}", hint="check that its folder can be written to") from error
+        raise HostError(f"cannot make {path}: {error.strerror}",
+                        hint="check that its folder can be written to") from error
     finally:
         raw.unlink(missing_ok=True)
         partial.unlink(missing_ok=True)

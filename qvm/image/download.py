@@ -21,12 +21,13 @@ from urllib.parse import urlsplit, urlunsplit
 from qvm import locks, paths
 from qvm.errors import DigestMismatchError, HostError, ImageError, NoSpaceError
 from qvm.progress import Progress, Step
-from qvm.units import MiB, format_size
+from qvm.units import KiB, MiB, format_size
 
 if TYPE_CHECKING:
     import requests
 
-_CHUNK = 1 * MiB
+_CHUNK = 64 * KiB
+"""At most this much of what arrived is lost when a connection breaks."""
 _TIMEOUT = (15.0, 60.0)
 """Seconds to connect, and between two pieces of data."""
 _TRIES = 4
@@ -136,7 +137,7 @@ def _known(part: Path, url: str) -> tuple[int, str | None]:
 
 
 def _fetch(url: str, part: Path, step: Step) -> None:
-    """Bring the whole of `url` into `part`, taking it up again where a transfer breaks off and the server allows it."""
+    """Bring the whole of `url` into `part`; a transfer that breaks off is taken up again as long as it gets on."""
     import requests
 
     last: Exception | None = None
@@ -147,11 +148,10 @@ def _fetch(url: str, part: Path, step: Step) -> None:
             return
         except (requests.RequestException, _TruncatedError) as error:
             last = error
-        after = part.stat().st_size if part.exists() else 0
-        if after <= before and not isinstance(last, _TruncatedError):
+        if (part.stat().st_size if part.exists() else 0) <= before:
             break
     raise ImageError(f"cannot download {url}", details=str(last),
-                     hint="check the network and http_proxy, or set QVM_MIRROR; the next try continues where this ended")
+                     hint="check the network and http_proxy, or set QVM_MIRROR; the next try goes on where this ended")
 
 
 class _TruncatedError(Exception):
@@ -184,7 +184,7 @@ def _total(reply: requests.Response, start: int) -> int | None:
 
 def _store(reply: requests.Response, part: Path, url: str, start: int, step: Step) -> None:
     if start and not (reply.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
-        raise ImageError(f"{url} answered with another part of the file than asked for", hint="set QVM_MIRROR, or try again")
+        raise ImageError(f"{url} answered with another part of the file than asked for", hint="set QVM_MIRROR")
     total = _total(reply, start)
     if total is not None:
         _check_space(part.parent, total - start)
@@ -206,7 +206,8 @@ def _store(reply: requests.Response, part: Path, url: str, start: int, step: Ste
         if isinstance(error, requests.RequestException):
             raise
         if error.errno == errno.ENOSPC:
-            raise NoSpaceError(f"the disk of {part.parent} filled up", hint="free some space, or set QVM_CACHE_HOME") from error
+            raise NoSpaceError(f"the disk of {part.parent} filled up",
+                               hint="free some space, or set QVM_CACHE_HOME") from error
         raise HostError(f"cannot write to {part}: {error.strerror}", hint="set QVM_CACHE_HOME") from error
     if total is not None and done < total:
         raise _TruncatedError(f"the connection ended after {done} of {total} bytes")

@@ -179,10 +179,10 @@ def base_key(recipe: Recipe, arch: Arch) -> str:
 
 def image_key(recipe: Recipe, arch: Arch) -> str:
     """Names everything an image is made of, as far as qvm decides it: the same key, the same image."""
-    tools = load_tools()
+    tools = [asdict(load_tools()[name]) for name in recipe.tools]
     baked = [(file.path, file.mode, hashlib.sha256(file.data).hexdigest()) for file in baked_files()]
     init = hashlib.sha256(init_script()).hexdigest()
-    return _digest([base_key(recipe, arch), asdict(recipe), [asdict(tools[name]) for name in recipe.tools], baked, init])
+    return _digest([base_key(recipe, arch), asdict(recipe), tools, baked, init])
 
 
 def check_arch(recipe: Recipe, arch: Arch) -> None:

@@ -39,7 +39,11 @@ def tools_dir() -> Path:
 def ensure_tools(wanted: Sequence[Tool], arch: Arch, *, progress: Progress) -> list[BuiltTool]:
     """Every tool as a program in the cache. Raises ImageError naming what would help where one cannot be had."""
     with locks.lock(paths.cache_home() / "tools.lock", what="nerdctl and buildkit", on_wait=progress.note):
-        return [_ensure(tool, arch, progress) for tool in wanted]
+        try:
+            return [_ensure(tool, arch, progress) for tool in wanted]
+        finally:
+            for archive in tools_dir().glob("*.tar.gz"):
+                archive.unlink()  # kept only as long as several tools come from one
 
 
 def _ensure(tool: Tool, arch: Arch, progress: Progress) -> BuiltTool:
@@ -68,7 +72,7 @@ def _ensure(tool: Tool, arch: Arch, progress: Progress) -> BuiltTool:
 
 def _from_archive(tool: Tool, arch: Arch, target: Path, progress: Progress) -> BuiltTool:
     archive = tool.archives[arch.name]
-    packed = target.with_suffix(".tar.gz")
+    packed = tools_dir() / archive.url.rpartition("/")[2]
     download(archive.url, f"sha256:{archive.sha256}", packed, progress=progress)
     partial = target.with_suffix(".partial")
     try:
@@ -80,8 +84,6 @@ def _from_archive(tool: Tool, arch: Arch, target: Path, progress: Progress) -> B
                 shutil.copyfileobj(member, file)
     except (KeyError, tarfile.TarError) as error:
         raise ImageError(f"{archive.url} holds no readable {archive.path}: {error}") from error
-    finally:
-        packed.unlink()
     return _finish(tool, "release archive", partial, target)
 
 
