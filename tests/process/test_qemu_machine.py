@@ -1,103 +1,32 @@
-"""Starting, talking to and ending a machine: the stub QEMU on real sockets, killed, hung, fed with garbage."""
+"""Starting and ending a machine: the stub QEMU on real sockets, hung, aborted, adopted, ended rung by rung."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from stub_qemu import write_stub
+from qemu_place import UUID, Place, make_features, make_spec, open_place
 
-from qvm.config.model import Mount
-from qvm.errors import InstanceStateError, PathTooLongError, PortTakenError, QemuError
-from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
+from qvm.errors import HostError, InstanceStateError, PathTooLongError, PortTakenError, QemuError
 from qvm.process import Identity, is_alive, kill
-from qvm.qemu.features import QemuFeatures
-from qvm.qemu.machine import start_qemu, stop_qemu, wait_gone
+from qvm.qemu.machine import stop_qemu, wait_gone
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe_monitor import MonitorInfo, probe_monitor
-from qvm.units import GiB
-
-UUID = "0b54d1c2-53b6-4f6e-8f0b-4d7d6f1f7a11"
-
-
-def make_spec(folder: Path) -> InstanceSpec:
-    return InstanceSpec(
-        name="stub", uuid=UUID, arch="x86_64", accel="tcg", cpus=1, memory=GiB,
-        disks=(Disk(folder / "root.qcow2", "root"),), mounts=(Mount(folder, PurePosixPath("/mnt")),),
-        mac="52:54:00:00:00:01", ssh_port=40022, monitor_socket=folder / "qmp.sock", agent_socket=folder / "agent.sock",
-        stream_socket=folder / "stream.sock", serial_log=folder / "serial.log",
-        boot=KernelBoot(folder / "vmlinuz", folder / "initrd", "console=ttyS0"),
-    )
-
-
-def make_features(binary: Path) -> QemuFeatures:
-    return QemuFeatures(
-        binary=binary, build="stub", arch="x86_64", system="Linux", host_machine="x86_64", version=(7, 2, 0),
-        package="", machine="pc-q35-7.2", accels=("tcg",), devices=("virtio-9p-pci",), properties=(), netdevs=("user",),
-        sandbox=False, io_uring=False,
-    )
-
-
-class Place:
-    """A folder for one machine, and the machine."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder = folder
-        self.spec = make_spec(folder)
-        self.features = make_features(write_stub(folder))
-        self.log = folder / "qemu.log"
-        self.started: list[Identity] = []
-        self._monkeypatch = monkeypatch
-
-    def manners(self, words: str) -> None:
-        self._monkeypatch.setenv("QVM_STUB", words)
-
-    def start(self, words: str = "", *, timeout: float = 10.0) -> Identity:
-        self.manners(words)
-        identity = start_qemu(self.spec, self.features, log=self.log, timeout=timeout)
-        self.started.append(identity)
-        return identity
 
 
 @pytest.fixture
 def place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    made = Place(tmp_path_factory.mktemp("q"), monkeypatch)
-    yield made
-    for identity in made.started:
-        kill(identity, signal.SIGKILL)
-    assert not stubs_in(made.folder), "a test left a process behind"
-
-
-def stubs_in(folder: Path) -> list[int]:
-    """Processes whose command line names `folder`, zombies excluded."""
-    found = []
-    for _ in range(40):
-        found = [
-            int(entry.name) for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and int(entry.name) != os.getpid() and names(entry, folder)
-        ]
-        if not found:
-            return []
-        time.sleep(0.05)
-    return found
-
-
-def names(entry: Path, folder: Path) -> bool:
-    try:
-        return os.fsencode(folder) in (entry / "cmdline").read_bytes()
-    except OSError:
-        return False
+    yield from open_place(tmp_path_factory.mktemp("q"), monkeypatch)
 
 
 def test_start_returns_once_the_monitor_answers(place: Place) -> None:
@@ -166,7 +95,7 @@ def test_one_that_never_answers_is_ended(place: Place, words: str) -> None:
 
 def test_a_missing_binary(place: Place) -> None:
     place.features = make_features(place.folder / "gone")
-    with pytest.raises(Exception, match=r"gone.* is not installed"):
+    with pytest.raises(HostError, match=r"gone.* is not installed"):
         place.start()
 
 
@@ -188,11 +117,7 @@ def test_large_logs_are_rotated(place: Place) -> None:
 @pytest.mark.parametrize("words", ["mute", "garbage", "deaf:query-status", "babble:query-uuid", "die:query-uuid"])
 def test_a_look_at_a_sick_monitor_is_short_and_none(place: Place, words: str) -> None:
     place.manners(words)
-    argv = [str(place.features.binary), "-uuid", UUID, *(
-        word for name in ("agent", "stream", "monitor")
-        for word in ("-chardev", f"socket,id={name},path={place.folder / name}")
-    ), "-chardev", f"file,id=console,path={place.spec.serial_log}"]
-    with subprocess.Popen(argv) as child:
+    with subprocess.Popen(place.bare_argv()) as child:
         try:
             while not (place.folder / "monitor").exists():
                 time.sleep(0.01)
@@ -274,7 +199,7 @@ def test_an_adopted_process_is_ended_too(place: Place) -> None:
     program = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path\n"
-        "from test_qemu_machine import make_features, make_spec\n"
+        "from qemu_place import make_features, make_spec\n"
         "from qvm.qemu.machine import start_qemu\n"
         "f = Path(sys.argv[1])\n"
         "i = start_qemu(make_spec(f), make_features(f / 'qemu-system-x86_64'), log=f / 'qemu.log')\n"
@@ -313,178 +238,3 @@ def test_the_end_is_noticed_at_once(place: Place, monkeypatch: pytest.MonkeyPatc
 
     assert asyncio.run(watch()) < (0.35 if with_pidfd else 0.8)
     assert not Path(f"/proc/{identity.pid}").exists(), "a zombie is left"
-
-
-def with_monitor(place: Place, talk: Callable[[Monitor], Any], words: str = "") -> Any:
-    identity = place.start(words)
-
-    async def run() -> Any:
-        monitor = await Monitor.connect(place.spec.monitor_socket, timeout=5)
-        try:
-            return await talk(monitor)
-        finally:
-            await monitor.close()
-
-    result = asyncio.run(run())
-    kill(identity, signal.SIGKILL)
-    return result
-
-
-def test_conversation(place: Place) -> None:
-    async def talk(monitor: Monitor) -> None:
-        assert (await monitor.uuid(), await monitor.status()) == (UUID, "running")
-        assert await monitor.human("info usernet") == "you said info usernet\r\n"
-        with pytest.raises(QemuError, match="no command nonsense"):
-            await monitor.execute("nonsense")
-        assert len(await monitor.execute("large", {"size": 8_000_000})) == 8_000_000
-        answers = await asyncio.gather(*(monitor.execute("query-status") for _ in range(50)))
-        assert len(answers) == 50 and monitor.is_open
-
-    with_monitor(place, talk)
-
-
-def test_a_command_that_is_never_answered(place: Place) -> None:
-    async def talk(monitor: Monitor) -> None:
-        with pytest.raises(QemuError, match=r"did not answer query-status within 0\.3 s"):
-            await monitor.execute("query-status", timeout=0.3)
-
-    with_monitor(place, talk, "later:deaf:query-status")
-
-
-@pytest.mark.parametrize("words", ["later:babble:query-status", "later:die:query-status"])
-def test_the_end_of_a_conversation_is_told_to_all(place: Place, words: str) -> None:
-    async def talk(monitor: Monitor) -> None:
-        waiting = [asyncio.create_task(monitor.wait_closed()) for _ in range(3)]
-        events = asyncio.create_task(collect(monitor))
-        with pytest.raises(QemuError, match="before it answered query-status"):
-            await monitor.execute("query-status", timeout=5)
-        hows = await asyncio.wait_for(asyncio.gather(*waiting), 5)
-        assert len(set(hows)) == 1 and hows[0]
-        assert await asyncio.wait_for(events, 5) == []
-        assert not monitor.is_open
-        with pytest.raises(QemuError):
-            await monitor.status()
-
-    with_monitor(place, talk, words)
-
-
-async def collect(monitor: Monitor) -> list[str]:
-    return [event["event"] async for event in monitor.events()]
-
-
-def test_a_killed_qemu_closes_the_monitor(place: Place) -> None:
-    async def talk(monitor: Monitor) -> str:
-        kill(place.started[-1], signal.SIGKILL)
-        return await asyncio.wait_for(monitor.wait_closed(), 5)
-
-    assert "QEMU closed" in with_monitor(place, talk)
-
-
-def test_a_cancelled_waiter_disturbs_nobody(place: Place) -> None:
-    async def talk(monitor: Monitor) -> None:
-        first = asyncio.create_task(monitor.wait_closed())
-        await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        assert await monitor.status() == "running"
-        await monitor.close()
-        assert await asyncio.wait_for(monitor.wait_closed(), 1) == "closed"
-        await monitor.close()
-
-    with_monitor(place, talk)
-
-
-@pytest.mark.parametrize("words", ["mute", "garbage", "deaf:qmp_capabilities"])
-def test_connecting_to_a_sick_monitor(place: Place, words: str) -> None:
-    async def connect(path: Path) -> None:
-        with pytest.raises(QemuError, match=r"does not answer on|cannot talk to QEMU on"):
-            await Monitor.connect(path, timeout=0.5)
-
-    place.manners(words)
-    argv = [str(place.features.binary), *(
-        word for name in ("agent", "stream", "monitor")
-        for word in ("-chardev", f"socket,id={name},path={place.folder / name}")
-    ), "-chardev", f"file,id=console,path={place.spec.serial_log}"]
-    with subprocess.Popen(argv) as child:
-        try:
-            while not (place.folder / "monitor").exists():
-                time.sleep(0.01)
-            asyncio.run(connect(place.folder / "monitor"))
-        finally:
-            child.kill()
-
-
-def test_a_second_client_waits_in_vain_while_the_first_stays(place: Place) -> None:
-    async def talk(monitor: Monitor) -> None:
-        with pytest.raises(QemuError, match="does not answer"):
-            await Monitor.connect(monitor.path, timeout=0.3)
-        assert await asyncio.to_thread(probe_monitor, monitor.path, 0.3) is None
-        assert await monitor.status() == "running"
-
-    with_monitor(place, talk)
-
-
-def test_a_flood_of_events_is_delivered_and_not_kept(place: Place) -> None:
-    async def talk(monitor: Monitor) -> int:
-        seen = 0
-
-        def count(event: dict[str, Any]) -> None:
-            nonlocal seen
-            seen += 1
-
-        with monitor.subscribed(count):
-            await monitor.execute("flood", {"count": 200, "size": 10_000})  # buffers have their size now
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            for _ in range(5):
-                await monitor.execute("flood", {"count": 2000, "size": 10_000})
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        assert grown < 20_000, f"{grown} KiB more for 100 MB of events"
-        return seen
-
-    assert with_monitor(place, talk) == 10_200
-
-
-def test_a_slow_reader_of_events_loses_the_oldest(place: Place) -> None:
-    async def talk(monitor: Monitor) -> list[int]:
-        numbers: list[int] = []
-        reader = monitor.events()
-        first = asyncio.ensure_future(anext(reader))
-        await asyncio.sleep(0)
-        await monitor.execute("flood", {"count": 3000, "size": 10})
-        numbers.append((await first)["data"]["number"])
-        while numbers[-1] != 2999:
-            numbers.append((await anext(reader))["data"]["number"])
-        await reader.aclose()  # type: ignore[attr-defined]
-        return numbers
-
-    numbers = with_monitor(place, talk)
-    assert len(numbers) <= 1001 and numbers == sorted(numbers)
-
-
-def test_a_bad_subscriber_disturbs_nobody(place: Place) -> None:
-    async def talk(monitor: Monitor) -> None:
-        def bad(event: dict[str, Any]) -> None:
-            raise ValueError("bad subscriber")
-
-        with monitor.subscribed(bad):
-            await monitor.execute("flood", {"count": 3, "size": 1})
-        assert await monitor.status() == "running"
-
-    with_monitor(place, talk)
-
-
-def test_unplugging_waits_for_the_guest(place: Place) -> None:
-    async def talk(monitor: Monitor) -> None:
-        await monitor.device_add("virtio-9p-pci", "mount7", bus="port0", fsdev="fs7", mount_tag="qvm7")
-        await monitor.device_del("mount7", timeout=2)
-        with pytest.raises(QemuError, match=r"did not let go of stuck1 within 0\.2 s"):
-            await monitor.device_del("stuck1", timeout=0.2)
-        with pytest.raises(QemuError, match="Device 'none1' not found"):
-            await monitor.device_del("none1")
-        waiting = asyncio.create_task(monitor.device_del("stuck2", timeout=10))
-        await asyncio.sleep(0.1)
-        kill(place.started[-1], signal.SIGKILL)
-        with pytest.raises(QemuError, match="ended while stuck2"):
-            await asyncio.wait_for(waiting, 5)
-
-    with_monitor(place, talk)
