@@ -92,9 +92,9 @@ def accelerator(arch: str, accel: str, features: QemuFeatures) -> list[str]:
         return ["-accel", accel, "-cpu", "host"]
     # An x86 guest expects stronger memory ordering than an Arm host gives: there QEMU chooses the threading itself.
     weaker = arch == X86_64.name and features.host_machine not in ("x86_64", "AMD64")
-    # Linux clears and copies pages with `rep stosb` where the CPU announces it as fast (ERMS, FSRM); TCG does that byte
-    # by byte, and touching fresh memory takes twice as long. On Arm, QEMU's own pointer authentication algorithm instead
-    # of the architected one boots 1.5 times faster.
+    # Linux clears and copies pages with `rep stosb` where the CPU announces it as fast (ERMS, FSRM); TCG does that
+    # byte by byte, and touching fresh memory takes twice as long. On Arm, QEMU's own pointer authentication algorithm
+    # instead of the architected one boots 1.5 times faster.
     cpu = "max,-erms,-fsrm" if arch == X86_64.name else "max,pauth-impdef=on"
     return [
         *option("-accel", "tcg", {"thread": None if weaker else "multi", "tb-size": TCG_CACHE}),

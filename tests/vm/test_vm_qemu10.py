@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -25,8 +24,9 @@ def test_whole_life_on_qemu_10(modern: User) -> None:
     modern.qvm("start", "ten", "--runtime", "none", "--memory", "1")
     assert "10." in modern.qvm("version").stdout
     pid = modern.status("ten")["pid"]
-    assert str(modern.env["QVM_QEMU"]).rsplit("/", 1)[0] in os.readlink(f"/proc/{pid}/exe")
-    modern.qvm("ssh", "ten", "--", "sudo systemd-run --unit=web --working-directory=\"$PWD\" python3 -m http.server 8099")
+    assert str(Path(modern.env["QVM_QEMU"]).parent) in str(Path(f"/proc/{pid}/exe").readlink())
+    serve = 'sudo systemd-run --unit=web --working-directory="$PWD" python3 -m http.server 8099'
+    modern.qvm("ssh", "ten", "--", serve)
     assert wait_for(lambda: fetch(8099), 30, "the guest's web server on a mounted folder") == "from the host\n"
     modern.qvm("stop", "ten")
     assert modern.processes() == []
