@@ -23,7 +23,7 @@ from qvm.qemu import accel
 from qvm.qemu.accel import choose_accelerator, probe_accelerator
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.hostinfo import Host, KvmDevice
-from qvm.qemu.machine import explain_failure
+from qvm.qemu.machine import ended_by_chance, explain_failure
 from qvm.qemu.proof import Outcome, Trial, build_proof_argv, summarise
 
 GOOD = Outcome(True, "booted it", None, "", 0.4, True)
@@ -240,3 +240,14 @@ def test_last_words_become_errors(words: str, error: type[QvmError], message: st
     assert type(found) is error and message in found.message
     assert found.hint or words
     assert "signal 6" in explain_failure("odd", -signal.SIGABRT, make_spec("x86_64", "tcg"), Path("/log")).message
+
+
+def test_a_random_abort_is_known_by_its_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "qemu.log"
+    assert not ended_by_chance(log)
+    abort = "qemu-system-x86_64: system/physmem.c:2678: iotlb_to_section: Assertion `section_index < d' failed.\n"
+    log.write_text("2026 /usr/bin/qemu-system-x86_64 -nodefaults -uuid u\n" + abort)
+    assert ended_by_chance(log)
+    with log.open("a") as file:
+        file.write("2026 /usr/bin/qemu-system-x86_64 -nodefaults -uuid u\nterminating on signal 15\n")
+    assert not ended_by_chance(log)
