@@ -110,5 +110,7 @@ def make_initramfs(base: Path, recipe: Recipe) -> bytes:
         except OSError as error:
             raise ImageError(f"the base image lacks {os.fspath(path)}", hint="qvm image build --force") from error
 
-    loadable = initramfs.collect_modules(recipe.initramfs_modules, PurePosixPath(), read)
-    return initramfs.build_initramfs(init_script(), (base / "busybox").read_bytes(), loadable)
+    needed = initramfs.collect_modules(recipe.initramfs_modules, PurePosixPath(), read)
+    both = initramfs.collect_modules([*recipe.initramfs_modules, *recipe.background_modules], PurePosixPath(), read)
+    later = [module for module in both if module not in needed]
+    return initramfs.build_initramfs(init_script(), (base / "busybox").read_bytes(), needed, later)

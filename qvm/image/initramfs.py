@@ -17,8 +17,14 @@ PROOF_ANSWER = "qvm-proof-ok"
 """What the console shows then."""
 
 
-def build_initramfs(init: bytes, busybox: bytes, loadable: Sequence[tuple[str, bytes]]) -> bytes:
-    """An uncompressed archive. `loadable`: (file name, plain content) of each module in the order of loading."""
+Module = tuple[str, bytes]
+"""Name and plain content."""
+
+
+def build_initramfs(init: bytes, busybox: bytes, needed: Sequence[Module], later: Sequence[Module] = ()) -> bytes:
+    """An uncompressed archive. `needed`: modules that mounting the root needs, in the order of loading; `later`: those
+    that may be loaded while systemd starts.
+    """
     entries = [
         cpio.folder("dev"),
         # The kernel opens this one for init's first three descriptors, before devtmpfs can be mounted.
@@ -29,15 +35,18 @@ def build_initramfs(init: bytes, busybox: bytes, loadable: Sequence[tuple[str, b
         cpio.file("bin/busybox", busybox, 0o755),
         cpio.file("init", init, 0o755),
         cpio.folder("modules"),
+        cpio.folder("modules/later"),
+        cpio.folder("later"),
     ]
-    for number, (name, data) in enumerate(loadable):
-        entries.append(cpio.file(f"modules/{number:02d}-{name}.ko", data))
+    for folder, modules_there in (("modules", needed), ("modules/later", later)):
+        for number, (name, data) in enumerate(modules_there):
+            entries.append(cpio.file(f"{folder}/{number:02d}-{name}.ko", data))
     return cpio.build_archive(entries)
 
 
 def collect_modules(
     wanted: Sequence[str], folder: PurePosixPath, read: modules.ReadFile
-) -> list[tuple[str, bytes]]:
+) -> list[Module]:
     """(name, plain content) of `wanted` and their needs; `folder` is /usr/lib/modules/<release> in the guest."""
     dependencies = modules.parse_dependencies(read(folder / "modules.dep").decode())
     builtin = modules.parse_builtin(read(folder / "modules.builtin").decode())

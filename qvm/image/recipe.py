@@ -57,6 +57,7 @@ class Recipe:
     include: tuple[str, ...]
     tools: tuple[str, ...]
     initramfs_modules: tuple[str, ...]
+    background_modules: tuple[str, ...]
     plain_modules: tuple[str, ...]
     """Modules that are loaded at nearly every boot: stored without compression."""
     cmdline: str
@@ -105,7 +106,8 @@ def find_recipe(name: str) -> Recipe | None:
             components=words("components"), arches=words("arches"), root_size=parse_size(data["rootSize"]),
             packages=words("packages"), initramfs_package=str(data["initramfsPackage"]), exclude=words("exclude"),
             include=words("include"), tools=words("tools"), initramfs_modules=words("initramfsModules"),
-            plain_modules=words("plainModules"), cmdline=str(data["cmdline"]).strip(), mask=words("mask"),
+            plain_modules=words("plainModules"),
+            background_modules=words("backgroundModules"), cmdline=str(data["cmdline"]).strip(), mask=words("mask"),
             mask_files=words("maskFiles"),
             enable=table("enable"), disable=table("disable"),
         )  # fmt: skip
@@ -171,7 +173,9 @@ def _digest(document: Any) -> str:
 def base_key(recipe: Recipe, arch: Arch) -> str:
     """Names the part of an image that comes from the mirror: packages, and how they are unpacked."""
     parts = asdict(recipe)
-    for later in ("cmdline", "mask", "mask_files", "enable", "disable", "tools", "initramfs_modules", "title"):
+    for later in (
+        "cmdline", "mask", "mask_files", "enable", "disable", "tools", "initramfs_modules", "background_modules", "title",
+    ):
         del parts[later]
     script = hashlib.sha256(build_script().read_bytes()).hexdigest()
     return _digest([FORMAT, parts, arch.name, script])

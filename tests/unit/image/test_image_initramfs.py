@@ -94,7 +94,8 @@ def test_collect_reads_and_unpacks() -> None:
 
 
 def test_initramfs_holds_init_and_modules_in_order() -> None:
-    data = initramfs.build_initramfs(b"#!init", b"busybox", [("b", b"B"), ("a", b"A")])
-    places = [data.index(name) for name in (b"dev/console\0", b"init\0", b"modules/00-b.ko\0", b"modules/01-a.ko\0")]
+    data = initramfs.build_initramfs(b"#!init", b"busybox", [("b", b"B"), ("a", b"A")], [("c", b"C")])
+    names = (b"dev/console\0", b"init\0", b"modules/00-b.ko\0", b"modules/01-a.ko\0", b"modules/later/00-c.ko\0")
+    places = [data.index(name) for name in names]
     assert all(place > 0 for place in places)
     assert places[2] < places[3]
