@@ -5,6 +5,7 @@ A pid alone names nothing (it is reused, and a reboot forgets it), so a process 
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
@@ -104,6 +105,7 @@ def stream(
     except FileNotFoundError as error:
         raise _missing(words) from error
     tail: list[str] = []
+    _streaming.add(child)
     try:
         assert child.stdout is not None
         for raw in child.stdout:
@@ -116,8 +118,20 @@ def stream(
     except BaseException:
         end_session(child)
         raise
+    finally:
+        _streaming.discard(child)
     if child.returncode != 0:
         raise CommandError(words, child.returncode, "\n".join(tail))
+
+
+def _end_streaming() -> None:
+    """A program streamed by a thread that nobody waits for any more must not outlive us."""
+    for child in list(_streaming):
+        end_session(child)
+
+
+_streaming: set[subprocess.Popen[bytes]] = set()
+atexit.register(_end_streaming)
 
 
 def end_session(child: subprocess.Popen[bytes], *, grace: float = 5.0) -> None:

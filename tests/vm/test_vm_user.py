@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,12 @@ class Unprivileged(User):
     """The same commands as another account, with qvm installed by that account from its own copy."""
 
     python: Path = Path()
+
+    def popen(self, *argv: str) -> subprocess.Popen[bytes]:
+        words = ["setpriv", f"--reuid={NAME}", f"--regid={NAME}", "--init-groups",
+                 str(self.python.with_name("qvm")), *argv]
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                cwd=self.work, env=self.env)
 
     def run(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         words = list(argv)
@@ -59,6 +67,38 @@ def person(cache_home: Path, busybox_tar: Path) -> Iterator[User]:
     user.run(str(user.python), "-m", "pip", "install", "--quiet", str(copy), timeout=600)
     yield user
     clear(user)
+
+
+def test_interrupted_build_leaves_nothing(person: User) -> None:
+    """Ctrl-C while Debian installs: exit code 130, no process of the build left, no image; the next test builds."""
+    images = Path(person.env["QVM_CACHE_HOME"]) / "images"
+    if list(images.glob("*/manifest.json")):
+        person.qvm("image", "rm", "debian-13")
+    shutil.rmtree(images / "base", ignore_errors=True)
+    build = person.popen("image", "build", "debian-13")
+    marker = f"QVM_CACHE_HOME={person.env['QVM_CACHE_HOME']}".encode()
+    wait_for(lambda: running("mmdebstrap", marker) or build.poll() is not None, 120, "mmdebstrap at work")
+    time.sleep(3)
+    for pid in running("", marker):
+        if b"image\0build" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGINT)
+    assert build.wait(60) == 130, build.stderr.read().decode() if build.stderr else ""
+    wait_for(lambda: not running("", marker), 15, "nothing of the build runs on")
+    assert not list(images.glob("*/manifest.json"))
+
+
+def running(word: str, marker: bytes) -> list[int]:
+    """Processes with `word` in their command line and `marker` in their environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and marker in (entry / "environ").read_bytes() and (
+                word.encode() in (entry / "cmdline").read_bytes()
+            ):
+                found.append(int(entry.name))
+        except OSError:
+            continue  # gone meanwhile
+    return found
 
 
 def test_start_run_publish_mount(person: User) -> None:
