@@ -173,9 +173,9 @@ def _digest(document: Any) -> str:
 def base_key(recipe: Recipe, arch: Arch) -> str:
     """Names the part of an image that comes from the mirror: packages, and how they are unpacked."""
     parts = asdict(recipe)
-    for later in (
-        "cmdline", "mask", "mask_files", "enable", "disable", "tools", "initramfs_modules", "background_modules", "title",
-    ):
+    # What is decided after the packages are there; "tools" are programs of their own.
+    for later in ("title", "cmdline", "mask", "mask_files", "enable", "disable", "tools", "initramfs_modules",
+                  "background_modules"):
         del parts[later]
     script = hashlib.sha256(build_script().read_bytes()).hexdigest()
     return _digest([FORMAT, parts, arch.name, script])
