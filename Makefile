@@ -4,6 +4,7 @@ QVM := .venv/bin/qvm
 PYTEST := .venv/bin/python -m pytest
 CACHE := $(or $(QVM_CACHE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qvm)
 DOCKER_TOOLS := $(CACHE)/test-tools/docker-plugins
+QEMU10 := $(CACHE)/test-tools/qemu10
 
 .PHONY: help start test test-quick lint bench clean
 
@@ -18,7 +19,8 @@ start: ## install what is missing and start a VM; ARGS="dev --runtime docker" ad
 test: ## everything: lint, types, unit, process and vm tests (ARGS adds to pytest)
 	@scripts/bootstrap.sh --test
 	@tests/tools/fetch-docker-plugins.sh "$(DOCKER_TOOLS)"
-	PATH="$$PATH:$(DOCKER_TOOLS)/bin" $(PYTEST) $(ARGS)
+	@tests/tools/fetch-qemu10.sh "$(QEMU10)"
+	PATH="$$PATH:$(DOCKER_TOOLS)/bin" QVM_TEST_QEMU10="$(QEMU10)/bin" $(PYTEST) $(ARGS)
 
 test-quick: ## the same without the vm tests
 	@scripts/bootstrap.sh --test

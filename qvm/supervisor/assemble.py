@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from qvm.arch import Arch
+from qvm.arch import X86_64, Arch
 from qvm.filenames import Files
 from qvm.image.store import Image
 from qvm.instance.record import Record
@@ -20,6 +20,9 @@ def kernel_cmdline(base: str, arch: Arch, accel: str) -> str:
     figures). Speculation mitigations guard against side channels of the CPU that TCG does not have, and cost much.
     """
     words = [base, f"console={arch.console}", "cloud-init=disabled"]
+    if arch is X86_64:
+        # Memory can be hot-plugged, for which Linux would keep 64 MiB of bounce buffers that no virtio device needs.
+        words.append("swiotlb=noforce")
     if accel == "tcg":
         words.append("mitigations=off")
     return " ".join(word for word in words if word)

@@ -24,7 +24,7 @@ from qvm.image.store import Image, load_image
 from qvm.instance.record import Record, Run
 from qvm.instance.store import clear_run, find_run, load_record, save_run
 from qvm.log import get_logger
-from qvm.qemu.machine import start_qemu, stop_qemu
+from qvm.qemu.machine import ended_by_chance, start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe import probe_qemu
 from qvm.runtime.base import Runtime, RuntimeContext
@@ -63,8 +63,7 @@ class Supervisor:
 
     async def _live(self) -> None:
         try:
-            await self._obtain_qemu()
-            await self._make_ready()
+            await self._bring_up()
             assert self.monitor is not None
             await self.monitor.wait_closed()
             await self._ended("QEMU ended by itself")
@@ -72,6 +71,26 @@ class Supervisor:
             raise
         except Exception as error:  # whatever it was, the waiting command must hear it and QEMU must not stay
             await self._fail(error)
+
+    async def _bring_up(self) -> None:
+        await self._obtain_qemu()
+        try:
+            await self._make_ready()
+        except NotReadyError as error:
+            if error.requirement != "qemu" or not ended_by_chance(self.files.qemu_log):
+                raise
+            self.bus.publish("note", text="QEMU hit a known defect of its version and ended; starting it once more")
+            await self._let_go()
+            clear_run(self.profile)
+            await self._obtain_qemu()
+            await self._make_ready()
+
+    async def _let_go(self) -> None:
+        """Drop our hold on guest and monitor; whether QEMU lives does not matter here."""
+        if self.link is not None:
+            await self.link.close()
+        if self.monitor is not None:
+            await self.monitor.close()
 
     async def _obtain_qemu(self) -> None:
         run = find_run(self.profile)
@@ -190,10 +209,7 @@ class Supervisor:
 
     async def _ended(self, how: str, *, error: QvmError | None = None) -> None:
         """QEMU has gone: put the host back as it was, tell the watchers, and let the process end."""
-        if self.link is not None:
-            await self.link.close()
-        if self.monitor is not None:
-            await self.monitor.close()
+        await self._let_go()
         await asyncio.to_thread(self.runtime.deactivate, self.context, remove=False)
         clear_run(self.profile)
         if error is not None:
@@ -208,10 +224,7 @@ class Supervisor:
         if self._life is not None:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
-        if self.link is not None:
-            await self.link.close()
-        if self.monitor is not None:
-            await self.monitor.close()
+        await self._let_go()
         self.finished.set()
 
     def require_link(self) -> GuestLink:
