@@ -23,7 +23,7 @@ from qvm.guest.ssh import SshTarget
 from qvm.image.store import Image, load_image
 from qvm.instance.record import Record, Run
 from qvm.instance.store import clear_run, find_run, load_record, save_run
-from qvm.log import get_logger
+from qvm.log import get_logger, tail_of
 from qvm.qemu.machine import ended_by_chance, start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe import probe_qemu
@@ -159,7 +159,7 @@ class Supervisor:
             if not working.done():
                 raise NotReadyError("qemu", "QEMU ended while the guest was starting",
                                     hint="see `qvm logs supervisor` and `qvm logs serial`",
-                                    details=_tail(self.files.qemu_log), log_path=self.files.qemu_log)
+                                    details=tail_of(self.files.qemu_log) or None, log_path=self.files.qemu_log)
             await working
         finally:
             for task in (working, ended):
@@ -256,10 +256,3 @@ def runtime_context(record: Record, runtime: Runtime) -> RuntimeContext:
         user=record.user.name,
         env={name: os.environ[name] for name in wanted if name in os.environ},
     )
-
-
-def _tail(path: Any, lines: int = 15) -> str | None:
-    try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) or None
-    except OSError:
-        return None

@@ -11,6 +11,7 @@ from typing import Any
 
 from qvm.errors import DeadlineError, QvmError, error_from_dict
 from qvm.filenames import Files
+from qvm.log import tail_of
 from qvm.process import Identity, identify, kill, spawn_detached, wait_gone
 from qvm.supervisor.client import Event, NoSupervisorError, call
 from qvm.wait import Deadline, wait_until
@@ -44,14 +45,14 @@ def ensure_supervisor(profile: str) -> None:
             return True
         if child.poll() is not None:
             raise QvmError("the supervisor ended at once", hint="see `qvm logs supervisor`",
-                           details=_tail(files), log_path=files.supervisor_log)
+                           details=tail_of(files.supervisor_log) or None, log_path=files.supervisor_log)
         return False
 
     try:
         wait_until(answers, Deadline(LAUNCH_TIMEOUT, "the supervisor's start"))
     except DeadlineError as error:
         raise QvmError("the supervisor does not answer", hint="see `qvm logs supervisor`",
-                       details=_tail(files), log_path=files.supervisor_log) from error
+                       details=tail_of(files.supervisor_log) or None, log_path=files.supervisor_log) from error
 
 
 def watch_until_ready(profile: str, on_event: Callable[[Event], None]) -> None:
@@ -105,10 +106,3 @@ def end_stuck_supervisor(profile: str) -> None:
         kill(identity, signum)
         if wait_gone(identity, Deadline(patience)):
             return
-
-
-def _tail(files: Files) -> str | None:
-    try:
-        return "\n".join(files.supervisor_log.read_text(errors="replace").splitlines()[-15:]) or None
-    except OSError:
-        return None

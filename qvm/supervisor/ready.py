@@ -11,6 +11,7 @@ from qvm.guest.channel import AgentChannel
 from qvm.guest.mounts import ensure_mounts
 from qvm.guest.requirements import Requirement
 from qvm.instance.record import Record
+from qvm.log import tail_of
 from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.wait import backoff
 
@@ -102,22 +103,11 @@ async def ssh_answers(port: int, *, timeout: float = 10.0) -> bool:
         return False
 
 
-def serial_tail(serial_log: Path, *, lines: int = SERIAL_TAIL) -> str:
-    """The last lines of the guest's console, for an error's details."""
-    try:
-        with serial_log.open("rb") as file:
-            file.seek(max(0, serial_log.stat().st_size - 16384))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(line.rstrip() for line in text.splitlines()[-lines:])
-
-
 def with_serial(error: QvmError, serial_log: Path) -> QvmError:
     """A failed requirement shows the last serial lines and names the log."""
     if not isinstance(error, NotReadyError):
         return error
-    tail = serial_tail(serial_log)
+    tail = tail_of(serial_log, lines=SERIAL_TAIL)
     parts = [error.details or "", f"last lines of the guest's console:\n{tail}" if tail else ""]
     return NotReadyError(
         error.requirement, error.message, hint=error.hint,
