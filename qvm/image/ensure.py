@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from qvm import locks, paths
 from qvm.arch import Arch
 from qvm.errors import ImageError, UsageError
-from qvm.image import store
+from qvm.image import rootfs, store
 from qvm.image.build import build_recipe
 from qvm.image.catalogue import Entry, find_entry, load_catalogue
 from qvm.image.disk import check_foreign_image
 from qvm.image.download import download
-from qvm.image.recipe import find_recipe, image_key
+from qvm.image.recipe import base_key, find_recipe, image_key
 from qvm.image.store import Image
 from qvm.progress import Progress
 
@@ -101,6 +102,23 @@ def _fetch(entry: Entry, progress: Progress) -> Image:
         image = store.publish(folder, store.seal(folder, manifest), key=entry.digest)
     shutil.rmtree(work)
     return image
+
+
+def prune_images(*, in_use: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Remove images that are current for nothing and that no instance was made from, and bases no recipe has.
+
+    `in_use`: image id -> a profile made from it. Returns what each removed image was.
+    """
+    entries = load_catalogue()
+    kept = {image.id for entry in entries
+            if (image := store.find_current(entry.name, entry.arch, current_key(entry))) is not None}
+    recipes = [(recipe, entry.arch) for entry in entries if (recipe := find_recipe(entry.name)) is not None]
+    bases = {base_key(recipe, arch)[:16] for recipe, arch in recipes}
+    for folder in rootfs.bases_dir().glob("*"):
+        if folder.name not in bases and ".building" not in folder.name:
+            rootfs.remove_tree(folder)
+    return [store.remove_image(image.id) for image in store.list_images()
+            if image.id not in kept and image.id not in in_use]
 
 
 def describe_images() -> list[dict[str, Any]]:

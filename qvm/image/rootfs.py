@@ -73,11 +73,15 @@ class PackageProgress:
         self.on_phase = on_phase
         self.done = 0
         self.total = 0
+        self._announced = 0
 
     def line(self, text: str) -> None:
         if match := re.search(r"(\d+) newly installed", text):
-            self.total += 2 * int(match[1])
-        elif text.startswith("Get:") and (match := re.match(r"Get:\d+ \S+ \S+ \S+ (\S+)", text)):
+            # Said again by the run that installs when another has downloaded before.
+            if int(match[1]) != self._announced:
+                self._announced = int(match[1])
+                self.total += 2 * self._announced
+        elif match := re.match(r"Get:\d+ \S+ \S+ \S+ (\S+) \S+ \S+ \[", text):
             self.step.detail(f"fetching {match[1]}")
         elif match := re.match(r"(Unpacking|Setting up) ([^ :]+)", text):
             self.done += 1
@@ -121,8 +125,10 @@ def build_base(recipe: Recipe, arch: Arch, *, progress: Progress, log: Path) -> 
     check_programs()
     check_foreign(arch)
     final = paths.ensure_private_dir(bases_dir()) / base_key(recipe, arch)[:16]
-    work = final.with_name(final.name + ".building")
-    remove_tree(work)
+    for left in bases_dir().glob("*.building*"):
+        remove_tree(left)
+    # A name of our own: the children of a build that was killed may take a moment to notice.
+    work = final.with_name(f"{final.name}.building-{os.getpid()}")
     check_space(bases_dir())
     source = mirror.probe_mirror(recipe.suite, progress)
     packages = paths.ensure_private_dir(paths.cache_home() / "apt" / arch.debian)

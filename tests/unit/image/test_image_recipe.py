@@ -174,6 +174,8 @@ def test_package_progress() -> None:
     step, phases = _Step(), list[str]()
     follower = PackageProgress(step, phases.append)
     for line in (
+        "Get:1 http://deb.debian.org/debian trixie InRelease [140 kB]",
+        "0 upgraded, 2 newly installed, 0 to remove and 0 not upgraded.",
         "0 upgraded, 2 newly installed, 0 to remove and 0 not upgraded.",
         "Get:1 http://deb.debian.org/debian trixie/main amd64 runc amd64 1.1 [3,229 kB]",
         "Unpacking libc6:amd64 (2.41) ...", "Unpacking runc (1.1) ...", "Setting up libc6:amd64 (2.41) ...",
@@ -181,5 +183,5 @@ def test_package_progress() -> None:
     ):  # fmt: skip
         follower.line(line)
     assert step.updates[-1] == (4, 5)
-    assert step.details[-1] == "setting up runc"
+    assert step.details[0] == "fetching runc" and step.details[-1] == "setting up runc"
     assert phases == ["disk"]

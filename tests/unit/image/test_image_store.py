@@ -9,7 +9,8 @@ import pytest
 
 from qvm.arch import AARCH64, X86_64
 from qvm.errors import ImageError, InstanceStateError
-from qvm.image import store
+from qvm.image import ensure, rootfs, store
+from qvm.image.catalogue import find_entry
 from qvm.image.store import Image
 
 
@@ -128,6 +129,25 @@ def test_image_in_use_stays() -> None:
     assert len(store.list_images()) == 2
     with pytest.raises(InstanceStateError):
         store.remove_image(first.id, in_use={first.id})
+
+
+def test_prune_keeps_what_is_current_or_in_use() -> None:
+    entry = find_entry("debian-13", X86_64)
+    assert entry is not None
+    old, used = make(b"old"), make(b"used")
+    current = make(b"new", key=ensure.current_key(entry))
+    stale = rootfs.bases_dir() / "0123456789abcdef"
+    stale.mkdir(parents=True)
+    assert [row["id"] for row in ensure.prune_images(in_use={used.id: "dev"})] == [old.id]
+    assert {image.id for image in store.list_images()} == {used.id, current.id}
+    assert not stale.exists()
+
+
+def test_listing_shows_every_name_and_what_is_outdated() -> None:
+    old = make(b"old")
+    rows = ensure.describe_images()
+    assert [row["id"] for row in rows if row["state"] == "outdated"] == [old.id]
+    assert {row["name"] for row in rows if row["state"] == "absent"} >= {"debian-13", "debian-13-cloud"}
 
 
 def test_remove_unknown() -> None:
