@@ -75,7 +75,7 @@ def _assemble(work: Path, base: Path, recipe: Recipe, arch: Arch, tools: list[Bu
     programs = {f"/usr/local/bin/{tool.name}": tool.path for tool in tools}
     bake.bake(work / "disk.raw", base, recipe, baked_files(), programs)
     shutil.copyfile(base / "kernel", work / "vmlinuz")
-    (work / "initrd").write_bytes(make_initramfs(base, recipe))
+    (work / "initrd").write_bytes(make_initramfs(base, recipe, arch))
     return {
         "name": recipe.name,
         "arch": arch.name,
@@ -101,7 +101,7 @@ def _source_text(tools: list[BuiltTool]) -> str:
     return "; ".join(["Debian mirror", *words])
 
 
-def make_initramfs(base: Path, recipe: Recipe) -> bytes:
+def make_initramfs(base: Path, recipe: Recipe, arch: Arch) -> bytes:
     folder = base / "modules"
 
     def read(path: PurePosixPath) -> bytes:
@@ -111,6 +111,7 @@ def make_initramfs(base: Path, recipe: Recipe) -> bytes:
             raise ImageError(f"the base image lacks {os.fspath(path)}", hint="qvm image build --force") from error
 
     needed = initramfs.collect_modules(recipe.initramfs_modules, PurePosixPath(), read)
-    both = initramfs.collect_modules([*recipe.initramfs_modules, *recipe.background_modules], PurePosixPath(), read)
+    wanted = [*recipe.initramfs_modules, *recipe.background_modules, *recipe.arch_modules.get(arch.name, ())]
+    both = initramfs.collect_modules(wanted, PurePosixPath(), read)
     later = [module for module in both if module not in needed]
     return initramfs.build_initramfs(init_script(), (base / "busybox").read_bytes(), needed, later)

@@ -116,7 +116,7 @@ def prune_images(*, in_use: Mapping[str, str]) -> list[dict[str, Any]]:
     bases = {base_key(recipe, arch)[:16] for recipe, arch in recipes}
     for folder in rootfs.bases_dir().glob("*"):
         if folder.name not in bases and ".building" not in folder.name:
-            rootfs.remove_tree(folder)
+            rootfs.discard_base(folder)
     return [store.remove_image(image.id) for image in store.list_images()
             if image.id not in kept and image.id not in in_use]
 

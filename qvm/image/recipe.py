@@ -58,6 +58,8 @@ class Recipe:
     tools: tuple[str, ...]
     initramfs_modules: tuple[str, ...]
     background_modules: tuple[str, ...]
+    arch_modules: dict[str, tuple[str, ...]]
+    """Background modules of one architecture, by `Arch.name`."""
     plain_modules: tuple[str, ...]
     """Modules that are loaded at nearly every boot: stored without compression."""
     cmdline: str
@@ -107,7 +109,8 @@ def find_recipe(name: str) -> Recipe | None:
             packages=words("packages"), initramfs_package=str(data["initramfsPackage"]), exclude=words("exclude"),
             include=words("include"), tools=words("tools"), initramfs_modules=words("initramfsModules"),
             plain_modules=words("plainModules"),
-            background_modules=words("backgroundModules"), cmdline=str(data["cmdline"]).strip(), mask=words("mask"),
+            background_modules=words("backgroundModules"),
+            arch_modules=table("archModules"), cmdline=str(data["cmdline"]).strip(), mask=words("mask"),
             mask_files=words("maskFiles"),
             enable=table("enable"), disable=table("disable"),
         )  # fmt: skip
@@ -175,7 +178,7 @@ def base_key(recipe: Recipe, arch: Arch) -> str:
     parts = asdict(recipe)
     # What is decided after the packages are there; "tools" are programs of their own.
     for later in ("title", "cmdline", "mask", "mask_files", "enable", "disable", "tools", "initramfs_modules",
-                  "background_modules"):
+                  "background_modules", "arch_modules"):
         del parts[later]
     script = hashlib.sha256(build_script().read_bytes()).hexdigest()
     return _digest([FORMAT, parts, arch.name, script])

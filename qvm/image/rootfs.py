@@ -138,7 +138,7 @@ def build_base(recipe: Recipe, arch: Arch, *, progress: Progress, log: Path) -> 
         (work / "dpkg.cfg").write_text(dpkg_options(recipe))
         _run(recipe, arch, work, packages, progress, log)
         _sync(work)
-        remove_tree(final)
+        discard_base(final)
         work.rename(final)
     except BaseException:
         remove_tree(work)
@@ -181,6 +181,14 @@ def _sync(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def discard_base(folder: Path) -> None:
+    """Remove a finished base; it stops being one before the first of its files goes."""
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.building-{os.getpid()}-old")
+        folder.rename(doomed)
+        remove_tree(doomed)
 
 
 def remove_tree(folder: Path) -> None:

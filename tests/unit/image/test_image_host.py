@@ -13,6 +13,7 @@ from qvm.errors import HostError, ImageError, NoSpaceError
 from qvm.image import disk, mirror, namespace, rootfs
 from qvm.image.download import mirrored
 from qvm.image.mirror import Mirror, choose_mirror, parse_sources, render_sources
+from qvm.progress import NullProgress
 from qvm.units import GiB, MiB
 
 ONE_LINE = """\
@@ -61,6 +62,14 @@ def test_sources_are_tied_to_the_keyring(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert text.count(f"[signed-by={ring}]") == 3
     assert "debian-security trixie-security main" in text
     assert "security" not in render_sources(Mirror("http://m/debian", None), "trixie", ["main"])
+
+
+def test_mirror_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("QVM_DEBIAN_MIRROR", "http://127.0.0.1:9/debian")
+    with pytest.raises(ImageError, match=r"127\.0\.0\.1:9/debian does not answer") as caught:
+        mirror.probe_mirror("trixie", NullProgress())
+    assert "QVM_DEBIAN_MIRROR" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
