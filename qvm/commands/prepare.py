@@ -16,7 +16,7 @@ from qvm.config.model import Config
 from qvm.errors import HostError, PortTakenError, UsageError
 from qvm.filenames import Files, check_socket_path
 from qvm.guest.keys import ensure_key, known_hosts_text, ssh_config_text
-from qvm.image.disk import create_disk, create_overlay, disk_info, resize_disk
+from qvm.image.disk import create_data_disk, create_overlay, disk_info, resize_disk
 from qvm.image.ensure import ensure_image
 from qvm.image.store import Image, find_image_by_id
 from qvm.instance.record import GuestUser, Record
@@ -154,7 +154,7 @@ def ensure_disks(record: Record, image: Image) -> None:
         create_overlay(files.root_disk, backing=image.disk, backing_format=image.format, size=record.config.root_disk)
     _grow(files.root_disk, record.config.root_disk)
     if not files.data_disk.exists():
-        create_disk(files.data_disk, record.config.disk)
+        create_data_disk(files.data_disk, record.config.disk)
     _grow(files.data_disk, record.config.disk)
 
 

@@ -13,8 +13,7 @@ from typing import Any
 from qvm.errors import DeadlineError, GuestCommandError, GuestError
 from qvm.execresult import ExecResult
 from qvm.guest.guestprocess import GuestProcess
-from qvm.guest.protocol import Hello as Hello
-from qvm.guest.protocol import SeedState
+from qvm.guest.protocol import Hello, SeedState
 from qvm.guest.wire import AgentWire, Event
 
 _INLINE_INPUT = 64 << 10
@@ -182,10 +181,8 @@ class AgentChannel(AgentWire):
         await self._begin_session()
         return True
 
-    async def hello(self, timeout: float | None = 60.0) -> Hello:
-        greeting = await super().hello(timeout)
+    def _on_greeting(self, greeting: Hello) -> None:
         self._note_seed(greeting.seed)
-        return greeting
 
     async def _watch_again(self) -> None:
         if self._watching:

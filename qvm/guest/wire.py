@@ -163,7 +163,9 @@ class AgentWire:
             return
         if message.get("nonce") == self._nonce:
             if not self._hello.done():
-                self._hello.set_result(Hello.from_message(message))
+                greeting = Hello.from_message(message)
+                self._on_greeting(greeting)
+                self._hello.set_result(greeting)
         elif message.get("event") == "started":
             self._on_started()
         elif not self._hello.done():
@@ -174,6 +176,9 @@ class AgentWire:
             self._processes[message["id"]].on_message(message)
         elif (answer := self._answers.get(message.get("id", -1))) is not None and not answer.done():
             answer.set_result(message)
+
+    def _on_greeting(self, greeting: Hello) -> None:
+        """A session begins; called before any event of it is looked at, which may stand in the very next line."""
 
     def _on_started(self) -> None:
         assert self._hello is not None
