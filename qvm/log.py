@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
@@ -22,14 +21,3 @@ def configure(level: int, *, stream: object | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
-
-
-def tail_of(path: Path, *, lines: int = 15, most: int = 16384) -> str:
-    """The last lines of a log (of its last `most` bytes), for an error's details; "" where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - most))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(line.rstrip() for line in text.splitlines()[-lines:])

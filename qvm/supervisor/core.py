@@ -23,7 +23,8 @@ from qvm.guest.ssh import SshTarget
 from qvm.image.store import Image, load_image
 from qvm.instance.record import Record, Run
 from qvm.instance.store import clear_run, find_run, load_record, save_run
-from qvm.log import get_logger, tail_of
+from qvm.log import get_logger
+from qvm.logtail import tail_of
 from qvm.qemu.machine import ended_by_chance, start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe import probe_qemu

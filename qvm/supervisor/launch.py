@@ -11,7 +11,7 @@ from typing import Any
 
 from qvm.errors import DeadlineError, QvmError, error_from_dict
 from qvm.filenames import Files
-from qvm.log import tail_of
+from qvm.logtail import tail_of
 from qvm.process import Identity, identify, kill, spawn_detached, wait_gone
 from qvm.supervisor.client import Event, NoSupervisorError, call
 from qvm.wait import Deadline, wait_until

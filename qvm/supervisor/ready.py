@@ -11,7 +11,7 @@ from qvm.guest.channel import AgentChannel
 from qvm.guest.mounts import ensure_mounts
 from qvm.guest.requirements import Requirement
 from qvm.instance.record import Record
-from qvm.log import tail_of
+from qvm.logtail import tail_of
 from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.wait import backoff
 

@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # From the ground up; rooms of one floor never import each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("units", "arch", "paths", "filenames", "log", "progress", "wait", "execresult"),
+    ("units", "arch", "paths", "filenames", "log", "logtail", "progress", "wait", "execresult"),
     ("locks",),
     ("process",),
     ("config",),
