@@ -60,3 +60,12 @@ def ensure_private_dir(path: Path) -> Path:
         raise HostError(f"cannot write to {path}: {error.strerror}",
                         hint="set QVM_HOME and QVM_CACHE_HOME to folders you can write to") from error
     return path
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk before going on (fsync)."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

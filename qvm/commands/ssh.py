@@ -27,7 +27,7 @@ def ssh(
     record = load_running(profile)
     line = argv[0] if len(argv) == 1 else shlex.join(argv)
     remote = remote_command(record, line, cwd=cwd)
-    return _call_ssh(record, remote, agent=agent, tty=_wants_tty(argv) if tty is None else tty)
+    return _call_ssh(record, remote, agent=agent, tty=_on_terminal() if tty is None else tty)
 
 
 def run_client(profile: str, client: str, argv: Sequence[str], *, cwd: Path) -> int:
@@ -43,7 +43,7 @@ def run_client(profile: str, client: str, argv: Sequence[str], *, cwd: Path) -> 
             hint=f"`qvm start NAME --runtime containerd` makes one that has {client}" if client == "nerdctl" else None,
         )
     remote = remote_command(record, shlex.join([*prefix, *argv]), cwd=cwd)
-    return _call_ssh(record, remote, tty=_wants_tty(argv) and _asks_terminal(argv))
+    return _call_ssh(record, remote, tty=_on_terminal() and _asks_terminal(argv))
 
 
 def ssh_config(profile: str) -> str:
@@ -89,7 +89,7 @@ def _call_ssh(record: Record, remote: str | None, *, agent: bool = False, tty: b
     return call([*words, *([remote] if remote else [])])
 
 
-def _wants_tty(argv: Sequence[str]) -> bool:
+def _on_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 

@@ -93,7 +93,7 @@ def download(url: str, digest: str, dest: Path, *, progress: Progress) -> Path:
             _fetch(source, part, step)
         with progress.step(f"checking {dest.name}", total=part.stat().st_size, unit="B") as step:
             _check(part, wanted, source, step)
-        _sync(part)
+        paths.sync(part)
         part.rename(dest)
         _state(part).unlink(missing_ok=True)
     return dest
@@ -218,11 +218,3 @@ def _check_space(folder: Path, needed: int) -> None:
     if free < needed + _RESERVE:
         raise NoSpaceError(f"the download needs {format_size(needed)} in {folder}, and {format_size(free)} are free",
                            hint="free some space, or set QVM_CACHE_HOME to another disk")
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -137,7 +137,8 @@ def build_base(recipe: Recipe, arch: Arch, *, progress: Progress, log: Path) -> 
         (work / "sources.list").write_text(mirror.render_sources(source, recipe.suite, recipe.components))
         (work / "dpkg.cfg").write_text(dpkg_options(recipe))
         _run(recipe, arch, work, packages, progress, log)
-        _sync(work)
+        for name in ("root.raw", "kernel"):
+            paths.sync(work / name)
         discard_base(final)
         work.rename(final)
     except BaseException:
@@ -172,15 +173,6 @@ def _explain(error: CommandError, log: Path) -> Exception:
         return NoSpaceError("the disk filled up while the image was being built", log_path=log,
                             hint="free some space, or set QVM_CACHE_HOME to another disk")
     return ImageError("building the image failed", details=text or None, hint=hint, log_path=log)
-
-
-def _sync(folder: Path) -> None:
-    for name in ("root.raw", "kernel"):
-        fd = os.open(folder / name, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def discard_base(folder: Path) -> None:

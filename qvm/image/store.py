@@ -101,17 +101,11 @@ def seal(folder: Path, manifest: dict[str, Any]) -> str:
     (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
     for path in folder.iterdir():
         path.chmod(0o444)
-        _sync(path)
-    _sync(folder)
+        paths.sync(path)
+    paths.sync(folder)
     return image_id
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def publish(folder: Path, image_id: str, *, key: str) -> Image:
@@ -121,7 +115,7 @@ def publish(folder: Path, image_id: str, *, key: str) -> Image:
         shutil.rmtree(folder)  # the very same content was made before
     else:
         folder.rename(final)
-        _sync(final.parent)
+        paths.sync(final.parent)
     image = load_image(image_id)
     set_current(image, key)
     return image

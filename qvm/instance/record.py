@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,6 @@ class Run:
     runtime_version: str = ""
     ready: bool = False
     """Every requirement was met once since this QEMU started."""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -105,7 +104,6 @@ class Run:
             "started": self.started,
             "runtime_version": self.runtime_version,
             "ready": self.ready,
-            "extra": self.extra,
         }
 
     @classmethod
@@ -117,7 +115,6 @@ class Run:
             started=float(data["started"]),
             runtime_version=data["runtime_version"],
             ready=bool(data["ready"]),
-            extra=dict(data["extra"]),
         )
 
 

@@ -6,9 +6,8 @@ Pure data: building a command line from it asks nothing of the host. Everything 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qvm.config.model import Mount
 
@@ -58,4 +57,3 @@ class InstanceSpec:
     firmware_vars: Path | None = None
     ram_file: Path | None = None
     """RAM as a shared file (what a warm image needs); None: anonymous memory."""
-    extra: dict[str, Any] = field(default_factory=dict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 from qvm import paths
 from qvm.errors import InstanceStateError, NoSuchInstanceError
@@ -64,18 +63,14 @@ def find_run(profile: str) -> Run | None:
 def load_run(profile: str) -> Run | None:
     """What `run.json` says, true or stale; None where it is missing or unreadable (then nothing can be adopted)."""
     try:
-        data = read_json(run_file(profile))
+        data = read_json(Files(profile).run)
         return None if data is None else Run.from_dict(data)
     except (InstanceStateError, KeyError, TypeError, ValueError):
         return None
 
 
-def run_file(profile: str) -> Path:
-    return Files(profile).run
-
-
 def save_run(profile: str, run: Run) -> None:
-    write_json(run_file(profile), run.to_dict())
+    write_json(Files(profile).run, run.to_dict())
 
 
 def clear_run(profile: str) -> None:
