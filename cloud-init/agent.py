@@ -33,6 +33,7 @@ STREAM_WINDOW = 512 << 10
 OUTBOX_FULL = 256 << 10  # above this a port takes no more from commands or sockets
 OUTBOX_LOST = 8 << 20  # above this nobody is reading: the session is dropped
 TICK = 0.2
+PLUG_TIMEOUT = 10.0  # seconds until a device that the host plugs in is there
 STATE_FOLDER = "/etc/qvm"
 GATEWAY, NAMESERVER = "10.0.2.2", "10.0.2.3"  # QEMU's user network
 
@@ -555,6 +556,25 @@ class Personality:
 MKFS_OPTIONS = ("-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1,packed_meta_blocks=1", "-O", "^resize_inode")
 
 
+def wait_for_tag(tag):
+    """Wait until the kernel has the 9p device of this tag.
+
+    Mounting would load the driver, but the driver offers itself a moment before it has found its devices, and a mount
+    in that moment fails with ENOENT; a device that is being plugged in comes later still.
+    """
+    drivers = "/sys/bus/virtio/drivers/9pnet_virtio"
+    if not os.path.isdir(drivers):
+        run_program(["modprobe", "9pnet_virtio"])
+    end = time.monotonic() + PLUG_TIMEOUT
+    while True:
+        found = [(read(f"{drivers}/{name}/mount_tag") or b"").rstrip(b"\0\n").decode() for name in os.listdir(drivers)]
+        if tag in found:
+            return
+        if time.monotonic() > end:
+            raise Failure(f"no 9p device with the tag {tag!r} appeared within {PLUG_TIMEOUT:g} s")
+        time.sleep(0.005)
+
+
 def mount_9p(mount, user):
     """Mount a host folder; True where it was not. Folders made on the way inside the home are the user's."""
     tag, target = mount["tag"], mount["target"]
@@ -574,6 +594,7 @@ def mount_9p(mount, user):
     # included, shows NUL bytes where the host has appended. `directio` sends reads and writes past the cache and
     # leaves it to shared mappings, which cache=none would refuse; older kernels do just that and ignore the word.
     cache = mount.get("cache", "mmap,directio")
+    wait_for_tag(tag)
     sys_mount(tag, target, "9p", flags, f"trans=virtio,version=9p2000.L,msize=512000,access=any,cache={cache}")
     return True
 
