@@ -33,6 +33,17 @@ class KernelBoot:
 
 
 @dataclass(frozen=True, slots=True)
+class Dimm:
+    """Memory plugged in on top of `InstanceSpec.memory`."""
+
+    id: str
+    size: int
+    """Bytes."""
+    file: Path | None = None
+    """Content to begin with, mapped privately; None: zeros."""
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceSpec:
     name: str
     uuid: str
@@ -48,6 +59,7 @@ class InstanceSpec:
     """Mount number i has the 9p tag `qvm<i>`."""
     mac: str
     ssh_port: int
+    """The port of 127.0.0.1 that reaches the guest's sshd; 0: none does."""
     monitor_socket: Path
     agent_socket: Path
     stream_socket: Path
@@ -56,4 +68,14 @@ class InstanceSpec:
     """None: the firmware boots the root disk (UEFI)."""
     firmware_vars: Path | None = None
     ram_file: Path | None = None
-    """RAM as a shared file (what a warm image needs); None: anonymous memory."""
+    """A file that holds the RAM; None: anonymous memory."""
+    ram_shared: bool = False
+    """Whether what the guest writes reaches `ram_file` (a warm image in the making), or stays private to the machine,
+    which then shares the rest with all others on the same file."""
+    dimms: tuple[Dimm, ...] = ()
+    incoming: bool = False
+    """Start without running, and wait for the device state that `qvm.qemu.state.restore_devices` gives."""
+    mount_slots: int = 0
+    """9p devices at least: those beyond `mounts` export `idle_folder`, so that the guest sees the same devices
+    whatever it mounts."""
+    idle_folder: Path | None = None

@@ -39,4 +39,5 @@ def build_argv(spec: InstanceSpec, features: QemuFeatures) -> list[str]:
         *devices.mounts(spec, features),
         *devices.monitor(spec),
         *devices.sandbox(features),
+        *devices.incoming(spec),
     ]

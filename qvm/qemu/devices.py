@@ -4,7 +4,7 @@ Every function returns argv words: options and values alternate. PCI addresses a
 machine types (root bus pcie.0, slots 0x01 to 0x1e free on q35 and virt alike): a guest sees the same devices at the
 same places whatever else it is given, and a warm image fits the command line it was frozen under.
 
-    slot 0x02 rng   0x03 balloon   0x04 serial channels   0x05 network   0x06-0x0b disks
+    slot 0x02 rng   0x03 (free)    0x04 serial channels   0x05 network   0x06-0x0b disks
     slot 0x0c       eight empty hot-plug ports (functions 0-7): port0 ... port7
     slot 0x0d-0x1e  mounts, eight to a slot
 """
@@ -12,7 +12,7 @@ same places whatever else it is given, and a warm image fits the command line it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from qvm.arch import AARCH64, X86_64
 from qvm.config.model import Mount
@@ -29,10 +29,12 @@ BUS = "pcie.0"
 SPARE_PORTS = 8
 MEMORY_SLOTS = 4
 """DIMMs that can be plugged into a running guest."""
+PLUGGABLE_MEMORY = 64 * GiB
+"""Bytes of them; an address range that costs nothing until something is plugged in."""
 TCG_CACHE = 512
 """MiB of translated code. QEMU's default is a fraction of that for small guests, and a boot overflows it."""
 
-_SLOT_RNG, _SLOT_BALLOON, _SLOT_SERIAL, _SLOT_NETWORK, _SLOT_DISKS = 0x02, 0x03, 0x04, 0x05, 0x06
+_SLOT_RNG, _SLOT_SERIAL, _SLOT_NETWORK, _SLOT_DISKS = 0x02, 0x04, 0x05, 0x06
 _SLOT_PORTS, _SLOT_MOUNTS, _SLOT_END = 0x0C, 0x0D, 0x1F
 _MAX_DISKS = _SLOT_PORTS - _SLOT_DISKS
 MAX_MOUNTS = (_SLOT_END - _SLOT_MOUNTS) * 8
@@ -78,7 +80,8 @@ def machine(spec: InstanceSpec, features: QemuFeatures) -> list[str]:
         board = {"gic-version": _interrupt_controller(spec, features)}
     return [
         *option("-machine", X86_64.machine if spec.arch == X86_64.name else AARCH64.machine,
-                {**board, "memory-backend": "ram"}),
+                # What describes the state to people would follow it; the saver we use (state.py) leaves it out.
+                {**board, "memory-backend": "ram", "suppress-vmdesc": True}),
         *accelerator(spec.arch, spec.accel, features),
         *option("-smp", "", {"cpus": spec.cpus, "sockets": 1, "cores": spec.cpus, "threads": 1}),
         *_memory(spec),
@@ -110,24 +113,29 @@ def _interrupt_controller(spec: InstanceSpec, features: QemuFeatures) -> str:
 
 
 def _memory(spec: InstanceSpec) -> list[str]:
-    size = spec.memory // MiB
-    backend: dict[str, Value] = {"id": "ram", "size": f"{size}M"}
-    if spec.ram_file is None:
-        words = option("-object", "memory-backend-ram", backend)
-    else:
-        words = option("-object", "memory-backend-file", {**backend, "mem-path": spec.ram_file, "share": True})
-    pluggable = _can_plug_memory(spec)
+    pluggable = can_plug_memory(spec)
     return [
-        *words,
+        *_memory_backend("ram", spec.memory, spec.ram_file, shared=spec.ram_shared),
         *option("-m", "", {
-            "size": f"{size}M",
+            "size": f"{spec.memory // MiB}M",
             "slots": MEMORY_SLOTS if pluggable else None,
-            "maxmem": f"{max(2 * size, size + 4 * GiB // MiB)}M" if pluggable else None,
+            "maxmem": f"{(spec.memory + PLUGGABLE_MEMORY) // MiB}M" if pluggable else None,
         }),
+        *(word for dimm in spec.dimms for word in (
+            *_memory_backend(f"mem-{dimm.id}", dimm.size, dimm.file, shared=False),
+            *option("-device", "pc-dimm", {"id": dimm.id, "memdev": f"mem-{dimm.id}"}),
+        )),
     ]
 
 
-def _can_plug_memory(spec: InstanceSpec) -> bool:
+def _memory_backend(name: str, size: int, file: Path | None, *, shared: bool) -> list[str]:
+    backend: dict[str, Value] = {"id": name, "size": f"{size // MiB}M"}
+    if file is None:
+        return option("-object", "memory-backend-ram", backend)
+    return option("-object", "memory-backend-file", {**backend, "mem-path": file, "share": shared})
+
+
+def can_plug_memory(spec: InstanceSpec) -> bool:
     """A running Arm guest hears of new memory through ACPI, which only the firmware brings; HVF's address space on
     the first Apple chips is too small to set any aside."""
     return spec.arch == X86_64.name or (spec.boot is None and spec.accel != "hvf")
@@ -200,8 +208,9 @@ def network(spec: InstanceSpec) -> list[str]:
 
     No option ROM: it is for network boot, costs a second of every boot, and is not always installed.
     """
+    forward = f"tcp:127.0.0.1:{spec.ssh_port}-:22" if spec.ssh_port else None
     return [
-        *option("-netdev", "user", {"id": "net0", "hostfwd": f"tcp:127.0.0.1:{spec.ssh_port}-:22"}),
+        *option("-netdev", "user", {"id": "net0", "hostfwd": forward}),
         *option("-device", "virtio-net-pci",
                 {"id": "nic0", **_at(_SLOT_NETWORK), "netdev": "net0", "mac": spec.mac, "romfile": ""}),
     ]
@@ -231,28 +240,41 @@ def _listen(name: str, path: Path) -> list[str]:
 
 
 def comforts(features: QemuFeatures) -> list[str]:
-    """Entropy for the guest, and a balloon through which it returns memory it has freed."""
-    words: list[str] = []
-    if features.has("virtio-rng-pci"):
-        words += option("-object", "rng-builtin", {"id": "entropy"})
-        words += option("-device", "virtio-rng-pci", {"id": "rng0", **_at(_SLOT_RNG), "rng": "entropy"})
-    if features.has("virtio-balloon-pci"):
-        wanted = ("free-page-reporting", "deflate-on-oom")
-        words += option("-device", "virtio-balloon-pci", {
-            "id": "balloon0", **_at(_SLOT_BALLOON),
-            **{prop: True for prop in wanted if features.has("virtio-balloon-pci", prop)},
-        })
-    return words
+    """Entropy for the guest.
+
+    No balloon: what it returns of a privately mapped RAM file, QEMU punches out of the file, which other machines use.
+    """
+    if not features.has("virtio-rng-pci"):
+        return []
+    return [
+        *option("-object", "rng-builtin", {"id": "entropy"}),
+        *option("-device", "virtio-rng-pci", {"id": "rng0", **_at(_SLOT_RNG), "rng": "entropy"}),
+    ]
+
+
+def incoming(spec: InstanceSpec) -> list[str]:
+    """Wait for a device state that has no header of a migration (see state.py); run when told to.
+
+    Such a state leaves the firmware out, which only a machine that resets would miss: a reset ends QEMU, and whoever
+    started it starts the machine anew, cold.
+    """
+    if not spec.incoming:
+        return []
+    return ["-S", "-no-reboot", "-incoming", "defer", "-global", "migration.send-configuration=off"]
 
 
 def mounts(spec: InstanceSpec, features: QemuFeatures) -> list[str]:
     """Host folders over 9p. `security_model=none`: files get the owner and mode that the host user can give them."""
-    if spec.mounts and not features.has("virtio-9p-pci"):
+    if (spec.mounts or spec.mount_slots) and not features.has("virtio-9p-pci"):
         raise QemuError(f"{features.binary} was built without 9p, and this instance mounts host folders",
                         hint="use the QEMU of a distribution that has it, or start with --mount none")
     if len(spec.mounts) > MAX_MOUNTS:
         raise UsageError(f"at most {MAX_MOUNTS} mounts fit", hint="mount a folder above them instead")
-    return [word for number, entry in enumerate(spec.mounts) for word in _mount(entry, number)]
+    entries = list(spec.mounts)
+    if spec.idle_folder is not None:
+        idle = Mount(spec.idle_folder, PurePosixPath("/"), writable=False)
+        entries += [idle] * (spec.mount_slots - len(entries))
+    return [word for number, entry in enumerate(entries) for word in _mount(entry, number)]
 
 
 def _mount(mount: Mount, number: int) -> list[str]:

@@ -8,6 +8,7 @@ remembers every event there ever was, is switched off. The end of the conversati
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,6 +151,18 @@ class Monitor:
     async def human(self, line: str) -> str:
         """What the human monitor prints for `line`: `hostfwd_add ...` and `info usernet` exist only there."""
         return str(await self.execute("human-monitor-command", {"command-line": line}))
+
+    async def give_file(self, path: Path, name: str) -> None:
+        """Hand QEMU a file, opened for reading, which it knows as `name` (QMP's `getfd`)."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise QemuError(f"cannot open {path}: {error.strerror}") from error
+        try:
+            self._client.send_fd_scm(fd)
+            await self.execute("getfd", {"fdname": name})
+        finally:
+            os.close(fd)
 
     async def blockdev_add(self, options: Mapping[str, Any]) -> None:
         """Open a disk image: QAPI's BlockdevOptions, `node-name` included."""

@@ -37,9 +37,9 @@ PROBE_TIMEOUT = 10.0
 
 ACCELS = ("kvm", "hvf", "tcg")
 REQUIRED = ("virtio-blk-pci", "virtio-net-pci", "virtio-serial-pci", "virtserialport", "pcie-root-port")
-DEVICES = (*REQUIRED, "virtio-rng-pci", "virtio-balloon-pci", "virtio-9p-pci", "vhost-user-fs-pci", "pc-dimm",
+DEVICES = (*REQUIRED, "virtio-rng-pci", "virtio-9p-pci", "vhost-user-fs-pci", "pc-dimm",
            "virtio-mem-pci", "pvpanic-pci")
-PROPERTIES = {"virtio-balloon-pci": ("free-page-reporting", "deflate-on-oom"), "pcie-root-port": ("io-reserve",)}
+PROPERTIES = {"pcie-root-port": ("io-reserve",)}
 _FOLDERS = ("/usr/libexec", "/usr/local/bin", "/opt/homebrew/bin", "/opt/local/bin")
 
 

@@ -45,8 +45,7 @@ def test_the_stub_answers(stub: Path) -> None:
     assert features.netdevs == ("user", "stream")
     assert not features.sandbox and not features.io_uring
     assert features.has("virtio-9p-pci")
-    assert features.has("virtio-balloon-pci", "free-page-reporting")
-    assert not features.has("virtio-balloon-pci", "deflate-on-oom")
+    assert not features.has("pcie-root-port", "io-reserve")
 
 
 def test_a_build_without_a_device(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

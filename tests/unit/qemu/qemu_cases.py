@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from qvm.arch import ALL
 from qvm.config.model import Mount
-from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
+from qvm.instance.spec import Dimm, Disk, InstanceSpec, KernelBoot
 from qvm.qemu.cmdline import build_argv
 from qvm.qemu.features import Firmware, QemuFeatures
 from qvm.qemu.probe import run_probe
@@ -44,7 +44,7 @@ AWKWARD_MOUNTS = (
     ("/home/ana/My Projects/a,b=c", False),
     ("/home/ana/Müller 日本", True),
 )
-VARIANTS = ("direct", "uefi", "ramfile", "mounts")
+VARIANTS = ("direct", "uefi", "ramfile", "mounts", "fork")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,12 @@ def make_spec(arch: str, accel: str, variant: str = "direct", home: Path = HOME)
             _CMDLINE[arch],
         ),
         firmware_vars=folder / "efivars.fd" if variant == "uefi" else None,
-        ram_file=folder / "ram" if variant == "ramfile" else None,
+        ram_file=folder / "ram" if variant in ("ramfile", "fork") else None,
+        ram_shared=variant == "ramfile",
+        dimms=(Dimm("dimm0", GiB, folder / "dimm0"),) if variant == "fork" else (),
+        incoming=variant == "fork",
+        mount_slots=4 if variant == "fork" else 0,
+        idle_folder=home / "idle" if variant == "fork" else None,
     )
 
 

@@ -82,21 +82,41 @@ def test_many_mounts_fill_many_slots() -> None:
 
 def test_a_missing_device_is_left_out_or_named() -> None:
     whole = load_features("x86_64", "7.2")
-    bare = replace(whole, devices=tuple(set(whole.devices) - {"virtio-balloon-pci", "virtio-rng-pci", "virtio-9p-pci"}))
+    bare = replace(whole, devices=tuple(set(whole.devices) - {"virtio-rng-pci", "virtio-9p-pci"}))
     argv = build_argv(replace(make_spec("x86_64", "tcg"), mounts=()), bare)
-    assert not [word for word in argv if "balloon" in word or "rng" in word]
+    assert not [word for word in argv if "rng" in word]
     with pytest.raises(QemuError, match="without 9p"):
         build_argv(make_spec("x86_64", "tcg"), bare)
     with pytest.raises(QemuError, match="user-mode networking"):
         build_argv(make_spec("x86_64", "tcg"), replace(whole, netdevs=("stream",)))
 
 
-def test_balloon_properties_follow_the_build() -> None:
-    features = replace(load_features("x86_64", "7.2"), properties=("virtio-balloon-pci.deflate-on-oom",))
-    argv = build_argv(make_spec("x86_64", "tcg"), features)
-    balloon = next(word for word in argv if word.startswith("virtio-balloon-pci"))
-    assert "free-page-reporting" not in balloon and "deflate-on-oom=on" in balloon
+def test_io_space_is_reserved_only_where_the_build_can_say_so() -> None:
+    argv = build_argv(make_spec("x86_64", "tcg"), replace(load_features("x86_64", "7.2"), properties=()))
     assert not [word for word in argv if "io-reserve" in word]
+
+
+def test_no_machine_returns_pages_of_a_file_that_others_use() -> None:
+    for variant in ("direct", "fork"):
+        argv = build_argv(make_spec("x86_64", "tcg", variant), load_features("x86_64", "10.0"))
+        assert not [word for word in argv if "balloon" in word]
+
+
+def test_a_fork_has_the_devices_of_its_warm_image_and_waits() -> None:
+    features = load_features("x86_64", "7.2")
+    fork = build_argv(make_spec("x86_64", "tcg", "fork"), features)
+    warm = build_argv(replace(make_spec("x86_64", "tcg", "fork"), mounts=(), dimms=(), incoming=False), features)
+    strip = [value for value in values(fork, "-device") if not value.startswith("pc-dimm")]
+    assert strip == values(warm, "-device")
+    assert values(fork, "-incoming") == ["defer"] and "-S" in fork
+    assert "share=off" in next(value for value in values(fork, "-object") if "id=ram," in value)
+    idle = [value for value in values(fork, "-fsdev") if "/idle," in value]
+    assert len(idle) == 3 and all("readonly=on" in value for value in idle)
+
+
+def test_no_host_port_where_none_is_wanted() -> None:
+    argv = build_argv(replace(make_spec("x86_64", "tcg"), ssh_port=0), load_features("x86_64", "7.2"))
+    assert values(argv, "-netdev") == ["user,id=net0"]
 
 
 def test_the_wrong_emulator_is_refused() -> None:
