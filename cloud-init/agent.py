@@ -117,6 +117,7 @@ MNT_DETACH = 2
 EXT4_IOC_RESIZE_FS = 0x40086610  # _IOW('f', 16, __u64), fs/ext4/ext4.h
 BLKGETSIZE64 = 0x80081272
 RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # random(4)
+TIOCSWINSZ, TIOCSCTTY = 0x5414, 0x540E  # asm-generic/ioctls.h
 
 
 def libc_call(name, *args):
@@ -776,12 +777,36 @@ class Port:
         return len(self.out) > OUTBOX_FULL
 
 
+def account_of(name):
+    """What a login sets, and the identity to run with: as subprocess.Popen wants it, nothing for root."""
+    import pwd
+
+    account = pwd.getpwnam(name)
+    env = {"HOME": account.pw_dir, "USER": name, "LOGNAME": name, "SHELL": account.pw_shell or "/bin/sh"}
+    if account.pw_uid == 0:
+        return env, {}
+    groups = os.getgrouplist(name, account.pw_gid)
+    return env, {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": groups}
+
+
+def set_window(fd, size):
+    """Rows and columns of a terminal; its foreground programs get SIGWINCH where they changed (ioctl_tty(2))."""
+    import fcntl
+
+    fcntl.ioctl(fd, TIOCSWINSZ, struct.pack("HHHH", int(size["rows"]), int(size["cols"]), 0, 0))
+
+
+def take_terminal():
+    """In a new session, before exec: standard input becomes the controlling terminal."""
+    import fcntl
+
+    fcntl.ioctl(0, TIOCSCTTY, 0)
+
+
 class Command:
-    """One program that the host runs here, with its pipes and its end."""
+    """One program that the host runs here, with its pipes or its terminal, and its end."""
 
     def __init__(self, agent, number, message):
-        import subprocess
-
         self.agent, self.number = agent, number
         self.unacked = 0
         self.input = bytearray()
@@ -791,37 +816,59 @@ class Command:
         env = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8",
                "HOME": "/root", **agent.env}
         identity = {}
-        if message.get("user") not in (None, "root"):
-            import pwd
-
-            account = pwd.getpwnam(message["user"])
-            identity = {"user": account.pw_uid, "group": account.pw_gid,
-                        "extra_groups": os.getgrouplist(account.pw_name, account.pw_gid)}
-            env |= {"HOME": account.pw_dir, "USER": account.pw_name, "LOGNAME": account.pw_name,
-                    "SHELL": account.pw_shell}
-        env |= message.get("env") or {}
-        self.child = subprocess.Popen(
-            message["argv"], cwd=message.get("cwd") or "/", env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, bufsize=0, start_new_session=True, **identity)
+        if message.get("user"):
+            login, identity = account_of(message["user"])
+            env |= login
+        self.terminal = None
+        self.start(message, env, identity)
         self.pidfd = os.pidfd_open(self.child.pid)
         self.exited = False
         self.outputs = {}
-        for name, pipe in (("out", self.child.stdout), ("err", self.child.stderr)):
-            os.set_blocking(pipe.fileno(), False)
-            self.outputs[pipe.fileno()] = name
-            agent.watch(pipe.fileno(), self.on_output, select.EPOLLIN, agent.outputs)
-        os.set_blocking(self.child.stdin.fileno(), False)
+        for name, file in self.files.items():
+            os.set_blocking(file.fileno(), False)
+            if name != "in":
+                self.outputs[file.fileno()] = name
+                agent.watch(file.fileno(), self.on_output, select.EPOLLIN, agent.outputs)
         agent.watch(self.pidfd, self.on_exit, select.EPOLLIN)
         self.feed(unb64(message.get("input") or ""), end=not message.get("stdin"))
 
+    def start(self, message, env, identity):
+        import subprocess
+
+        tty = message.get("tty")
+        how = {"cwd": message.get("cwd") or "/", "start_new_session": True, "bufsize": 0, **identity}
+        if not tty:
+            pipe = subprocess.PIPE
+            env |= message.get("env") or {}
+            self.child = subprocess.Popen(message["argv"], env=env, stdin=pipe, stdout=pipe, stderr=pipe, **how)
+            self.files = {"in": self.child.stdin, "out": self.child.stdout, "err": self.child.stderr}
+            return
+        env |= {"TERM": tty.get("term") or "xterm", **(message.get("env") or {})}
+        master, slave = os.openpty()
+        try:
+            set_window(master, tty)
+            os.fchown(slave, identity.get("user", 0), -1)
+            self.child = subprocess.Popen(message["argv"], env=env, stdin=slave, stdout=slave, stderr=slave,
+                                          preexec_fn=take_terminal, **how)
+        except BaseException:
+            os.close(master)
+            raise
+        finally:
+            os.close(slave)
+        self.terminal = master
+        # Two descriptors of one end: epoll and its handlers know each by its number.
+        self.files = {"in": open(os.dup(master), "wb", buffering=0), "out": open(master, "rb", buffering=0)}
+
     def feed(self, data, *, end):
         self.input += data
+        if end and self.terminal is not None and not self.input_end:
+            self.input += b"\4"  # a terminal has no end; ^D at a line's beginning stands for one
         self.input_end |= end
         self.on_input(0)
 
     def on_input(self, _events):
-        stdin = self.child.stdin
-        if stdin is None or stdin.closed:
+        stdin = self.files["in"]
+        if stdin.closed:
             self.input.clear()
             return
         written = 0
@@ -851,6 +898,8 @@ class Command:
                     data = os.read(fd, CHUNK)
                 except BlockingIOError:
                     break
+                except OSError:  # EIO: nobody has the terminal open any more
+                    data = b""
                 if not data:
                     self.drop(fd)
                     break
@@ -891,21 +940,32 @@ class Command:
     def release(self):
         for fd in list(self.outputs):
             self.drop(fd)
-        if not self.child.stdin.closed:
-            self.agent.unwatch(self.child.stdin.fileno())
-            self.child.stdin.close()
-        self.child.stdout.close()
-        self.child.stderr.close()
+        if not self.files["in"].closed:
+            self.agent.unwatch(self.files["in"].fileno())
+        for file in self.files.values():
+            file.close()
         os.close(self.pidfd)
         self.agent.commands.pop(self.number, None)
 
+    def hang_up(self, name):
+        """Nobody reads this output any more: the program finds out when it writes next, as on a broken pipe."""
+        for fd in [fd for fd, each in self.outputs.items() if each == name and self.terminal is None]:
+            self.drop(fd)
+            self.files[name].close()
+
     def signal(self, number):
-        """To the program and what it started in its own session."""
-        if not self.exited:
+        """To the program's process group, and on a terminal to the one in the foreground as well."""
+        if self.exited:
+            return
+        groups = {self.child.pid}
+        if self.terminal is not None:
+            groups |= {os.tcgetpgrp(self.terminal)} - {0}
+        for group in groups:
             try:
-                os.killpg(self.child.pid, number)
+                os.killpg(group, number)
             except ProcessLookupError:
-                self.child.send_signal(number)
+                if group == self.child.pid:
+                    self.child.send_signal(number)
 
 
 # --- byte streams ----------------------------------------------------------------------------------------------------
@@ -1332,6 +1392,16 @@ class Agent:
         command = self.commands.get(message["id"])
         if command is not None:
             command.feed(unb64(message.get("data") or ""), end=bool(message.get("eof")))
+
+    def op_resize(self, message):
+        command = self.commands.get(message["id"])
+        if command is not None and command.terminal is not None:
+            set_window(command.terminal, message)
+
+    def op_hang_up(self, message):
+        command = self.commands.get(message["id"])
+        if command is not None:
+            command.hang_up(message["output"])
 
     def op_ack(self, message):
         command = self.commands.get(message["id"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from qvm.errors import DeadlineError, GuestCommandError, GuestError
 from qvm.execresult import ExecResult
-from qvm.guest.guestprocess import GuestProcess
+from qvm.guest.guestprocess import GuestProcess, TtySize
 from qvm.guest.protocol import Hello, SeedState
 from qvm.guest.wire import AgentWire, Event
 
@@ -82,8 +82,11 @@ class AgentChannel(AgentWire):
         timeout: float | None = None,
         cwd: str | None = None,
         user: str | None = None,
+        tty: TtySize | None = None,
     ) -> GuestProcess:
         """Start `argv`; with `stdin` its input stays open for `GuestProcess.write`. Close the process when done.
+
+        With `user` (root too) it has the environment of a login; with `tty` it runs on a terminal of its own.
 
         A program that cannot be run ends with 127 or 126 and says why on its standard error, as in a shell.
         """
@@ -91,7 +94,8 @@ class AgentChannel(AgentWire):
         inline = len(data) <= _INLINE_INPUT
         number = self._next_number()
         message: dict[str, Any] = {"id": number, "op": "exec", "argv": list(argv), "stdin": stdin or not inline,
-                                   "env": dict(env or {}), "cwd": cwd, "user": user, "timeout": timeout}
+                                   "env": dict(env or {}), "cwd": cwd, "user": user, "timeout": timeout,
+                                   "tty": tty.to_dict() if tty is not None else None}
         if inline and data:
             message["input"] = b64encode(data).decode()
         self._send(message)

@@ -7,10 +7,24 @@ import signal
 from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from qvm.errors import GuestError
 from qvm.guest.protocol import CHUNK, INPUT_WINDOW
+
+
+@dataclass(frozen=True, slots=True)
+class TtySize:
+    """A terminal in the guest: what it looks like."""
+
+    rows: int
+    cols: int
+    term: str = "xterm-256color"
+    """The value of TERM."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "cols": self.cols, "term": self.term}
 
 
 class GuestProcess:
@@ -70,6 +84,25 @@ class GuestProcess:
         """To the program and its children; nothing happens once it has ended."""
         if not self._exit.done():
             self._send({"id": self.number, "op": "signal", "signal": int(number)})
+
+    def resize(self, size: TtySize) -> None:
+        """Its terminal has another size now."""
+        if not self._exit.done():
+            self._send({"id": self.number, "op": "resize", "rows": size.rows, "cols": size.cols})
+
+    def hang_up(self, output: str) -> None:
+        """Nobody wants "out" or "err" any more; the program gets a broken pipe when it writes there next."""
+        if not self._exit.done():
+            self._send({"id": self.number, "op": "hang_up", "output": output})
+
+    @property
+    def ended(self) -> bool:
+        return self._exit.done()
+
+    @property
+    def untaken(self) -> int:
+        """Bytes of input that the program, or a guest that hangs, has not taken yet."""
+        return INPUT_WINDOW - self._input_left
 
     def feed_in_background(self, data: bytes, *, eof: bool) -> None:
         """Write `data` while the caller reads the output."""

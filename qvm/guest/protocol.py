@@ -15,12 +15,15 @@ Host to guest, `{"id": N, "op": ...}`; the guest answers `{"id": N, "ok": true, 
 
     hello       nonce                           -> nonce, boot_id, version, digest (SHA-256 of the agent), pid,
                                                    uptime (s), seed (see the event)
-    exec        argv, cwd, env, user, input (base64), stdin (true: more input follows), timeout (s)
+    exec        argv, cwd, env, user, input (base64), stdin (true: more input follows), timeout (s),
+                tty {rows, cols, term}: on a terminal of its own, whose output is all "out"
                 -> any number of {"id", "out"|"err": base64} and {"id", "taken": bytes of input written}, then
                    {"id", "exit": code, "timed_out"}; 128 + n for signal n, 127 and 126 as a shell has them
     stdin       data, eof                       more input for exec `id`; at most `INPUT_WINDOW` bytes not yet taken
     ack         bytes                           output of exec `id` consumed; at most `OUTPUT_WINDOW` is sent ahead
-    signal      signal                          to the process group of exec `id`
+    signal      signal                          to the process group of exec `id`, and its terminal's foreground one
+    resize      rows, cols                      of exec `id`'s terminal
+    hang_up     output ("out", "err")           nobody reads that output of exec `id` any more: a broken pipe
     write_file  path, data, mode, owner [uid, gid], more   -> changed; with `more` messages of the same id follow
     set_clock   time (ns since the epoch)       -> off (ns), changed; nothing is done below 50 ms
     mount       tag, target, writable, cache, user {uid, gid, home} -> changed
