@@ -857,7 +857,7 @@ class Command:
             os.close(slave)
         self.terminal = master
         # Two descriptors of one end: epoll and its handlers know each by its number.
-        self.files = {"in": open(os.dup(master), "wb", buffering=0), "out": open(master, "rb", buffering=0)}
+        self.files = {"in": os.fdopen(os.dup(master), "wb", 0), "out": os.fdopen(master, "rb", 0)}
 
     def feed(self, data, *, end):
         self.input += data
