@@ -48,6 +48,11 @@ class Files:
         return self.folder / "run.json"
 
     @property
+    def fork_plan(self) -> Path:
+        """There only while the instance's disks are those of a warm image's instant: they may be forked, once."""
+        return self.folder / "fork.json"
+
+    @property
     def supervisor_lock(self) -> Path:
         return self.folder / "supervisor.lock"
 
@@ -63,6 +68,25 @@ class Files:
     @property
     def data_disk(self) -> Path:
         return paths.data_dir() / f"{self.profile}.qcow2"
+
+    @property
+    def root_layers(self) -> Path:
+        """Layers of the root disk, once there is a snapshot: then `root_disk` is a link to the newest."""
+        return self.folder / "layers"
+
+    @property
+    def data_layers(self) -> Path:
+        """Likewise for the data disk; beside it, since it may outlive the instance."""
+        return paths.data_dir() / f"{self.profile}.layers"
+
+    @property
+    def suspended(self) -> Path:
+        """The saved state that the next start goes on from, if there is one."""
+        return self.folder / "suspended"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.folder / "snapshots"
 
     @property
     def seed(self) -> Path:

@@ -26,7 +26,8 @@ class DiskInfo:
     """An external data file; no image from elsewhere may name one."""
 
 
-def _qemu_img(*words: str | Path) -> bytes:
+def qemu_img(*words: str | Path) -> bytes:
+    """Run qemu-img and return its output; ImageError (or HostError, NoSpaceError) with its words where it fails."""
     program = process.find_program("qemu-img")
     if program is None:
         raise HostError("the program 'qemu-img' is not installed", hint="sudo apt install qemu-utils")
@@ -43,7 +44,8 @@ def _qemu_img(*words: str | Path) -> bytes:
 
 def disk_info(path: Path, *, format: str = "qcow2") -> DiskInfo:
     """What a disk image says of itself, read as `format`. Safe while a VM uses it. ImageError where it is none."""
-    data = json.loads(_qemu_img("info", "-U", "-f", format, "--output=json", path))
+    # Resolved: names of backing files are relative to where an image is, not to a link to it.
+    data = json.loads(qemu_img("info", "-U", "-f", format, "--output=json", path.resolve()))
     specific = data.get("format-specific", {}).get("data", {})
     backing = data.get("full-backing-filename") or data.get("backing-filename")
     return DiskInfo(
@@ -88,7 +90,7 @@ def create_data_disk(path: Path, size: int) -> None:
             with raw.open("wb") as file:
                 file.truncate(size)
             if process.run([program, *_EXT4, raw], check=False).returncode == 0:
-                _qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", _OPTIONS, raw, partial)
+                qemu_img("convert", "-f", "raw", "-O", "qcow2", "-o", _OPTIONS, raw, partial)
                 partial.chmod(0o600)
                 partial.rename(path)
                 return
@@ -109,7 +111,7 @@ def _create(path: Path, *words: str | Path, size: int) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
-        _qemu_img("create", "-q", "-f", "qcow2", "-o", _OPTIONS, *words, partial, str(size))
+        qemu_img("create", "-q", "-f", "qcow2", "-o", _OPTIONS, *words, partial, str(size))
         partial.chmod(0o600)
         partial.rename(path)
     finally:
@@ -123,7 +125,7 @@ def resize_disk(path: Path, size: int) -> None:
         raise ImageError(f"{path.name} has {format_size(current)} and cannot shrink to {format_size(size)}",
                          hint="a disk can only grow; choose at least its present size")
     if size > current:
-        _qemu_img("resize", "-q", "-f", "qcow2", path, str(size))
+        qemu_img("resize", "-q", "-f", "qcow2", path.resolve(), str(size))
 
 
 def check_foreign_image(path: Path, *, format: str) -> None:
