@@ -30,7 +30,7 @@ def build_argv(spec: InstanceSpec, features: QemuFeatures) -> list[str]:
         "-display", "none",
         *devices.identity(spec, features),
         *devices.machine(spec, features),
-        *devices.boot(spec, features.firmware),
+        *devices.boot(spec, features),
         *devices.spare_ports(features),
         *devices.disks(spec, features),
         *devices.network(spec),

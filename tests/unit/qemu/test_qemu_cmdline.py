@@ -65,9 +65,20 @@ def test_kernel_words_are_passed_as_they_are() -> None:
     spec = make_spec("x86_64", "tcg")
     assert spec.boot is not None
     spec = replace(spec, boot=replace(spec.boot, kernel=Path("/a,b/vmlinuz"), cmdline="a=b,c d"))
-    argv = build_argv(spec, load_features("x86_64", "7.2"))
+    argv = build_argv(spec, load_features("x86_64", "10.0"))
     assert values(argv, "-kernel") == ["/a,b/vmlinuz"]
     assert values(argv, "-append") == ["a=b,c d"]
+
+
+@pytest.mark.parametrize(("accel", "version", "off"), [
+    ("tcg", (7, 2, 22), True), ("tcg", (8, 2, 2), True), ("tcg", (9, 0, 0), False), ("kvm", (7, 2, 22), False),
+])
+def test_addresses_stay_random_except_where_emulation_pays_dearly(
+    accel: str, version: tuple[int, int, int], off: bool
+) -> None:
+    features = replace(load_features("x86_64", "7.2"), version=version)
+    (words,) = values(build_argv(make_spec("x86_64", accel), features), "-append")
+    assert ("norandmaps" in words.split()) is off
 
 
 def test_many_mounts_fill_many_slots() -> None:
