@@ -151,20 +151,23 @@ def end_session(child: subprocess.Popen[bytes], *, grace: float = 5.0) -> None:
 def spawn_detached(
     argv: Sequence[str | os.PathLike[str]],
     *,
-    log: Path,
+    log: Path | None,
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
     umask: int = -1,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start a program that outlives us: own session, no terminal, both outputs appended to `log` (0600).
 
-    `umask` is the program's file mode creation mask (-1: ours).
+    `umask` is the program's file mode creation mask (-1: ours); without a `log` its output goes nowhere; `stdin` is a
+    descriptor, or subprocess.PIPE.
     """
     words = _strings(argv)
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    fd = os.open(os.devnull if log is None else log, flags, 0o600)
     try:
         return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=fd, stderr=fd, start_new_session=True, cwd="/",
+            words, stdin=stdin, stdout=fd, stderr=fd, start_new_session=True, cwd="/",
             env=None if env is None else {**os.environ, **env}, pass_fds=tuple(pass_fds), umask=umask,
         )
     except FileNotFoundError as error:

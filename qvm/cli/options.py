@@ -20,9 +20,20 @@ def setting_options(function: F) -> F:
     return function
 
 
+def some_setting_options(*fields: str) -> Callable[[F], F]:
+    """Like `setting_options`, for a verb that heeds only some of the settings."""
+
+    def decorate(function: F) -> F:
+        for setting in reversed([entry for entry in SETTINGS if entry.field in fields]):
+            function = _option(setting)(function)
+        return function
+
+    return decorate
+
+
 def take_flags(options: dict[str, Any]) -> dict[str, Any]:
     """Move the settings that were given out of a verb's options: Config field -> as typed."""
-    flags = {setting.field: options.pop(setting.field) for setting in SETTINGS}
+    flags = {setting.field: options.pop(setting.field) for setting in SETTINGS if setting.field in options}
     return {field: value for field, value in flags.items() if value is not None and value != ()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -109,6 +110,27 @@ def render_images(images: Sequence[Mapping[str, Any]]) -> str:
 
 def render_image(image: Mapping[str, Any]) -> str:
     return f"{image.get('name', '?')} ({image.get('arch', '?')}) is ready: {str(image.get('id', ''))[:12]}"
+
+
+def render_warm_images(images: Sequence[Mapping[str, Any]]) -> str:
+    if not images:
+        return "There are no warm images; a start makes what it needs."
+    rows = [
+        (
+            str(item["key"]), str(item["title"]), str(item["stage"]), format_size(item["size"]),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(item["last_used"])), "yes" if item["in_use"] else "",
+        )
+        for item in images
+    ]  # fmt: skip
+    return table(("KEY", "WHAT", "STAGE", "SIZE", "LAST USED", "IN USE"), rows)
+
+
+def render_warm_image(item: Mapping[str, Any]) -> str:
+    return f"warm image {item['key']} is ready: {item['title']}, {item['stage']} stage, {format_size(item['size'])}"
+
+
+def render_warm_removed(images: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(f"removed {item['key']}: {item['title']}" for item in images) or "nothing to remove"
 
 
 def render_checks(checks: Sequence[Any]) -> str:

@@ -13,22 +13,27 @@ from pathlib import Path
 from qvm import paths
 from qvm.arch import Arch, find_arch
 from qvm.config.model import Config
-from qvm.errors import HostError, PortTakenError, UsageError
+from qvm.errors import HostError, PortTakenError, QvmError, UsageError
 from qvm.filenames import Files, check_socket_path
 from qvm.guest.keys import ensure_key, known_hosts_text, ssh_config_text
-from qvm.image.disk import create_data_disk, create_overlay, disk_info, resize_disk
 from qvm.image.ensure import ensure_image
 from qvm.image.store import Image, find_image_by_id
 from qvm.instance.record import GuestUser, Record
 from qvm.instance.store import save_record
 from qvm.progress import Progress
 from qvm.qemu.accel import choose_accelerator
+from qvm.qemu.features import QemuFeatures
 from qvm.qemu.probe import probe_qemu
 from qvm.runtime.base import Runtime
 from qvm.runtime.registry import load_runtime
 from qvm.seed.iso import write_iso
 from qvm.seed.render import render_seed
 from qvm.supervisor.assemble import build_seed, mac_address
+from qvm.supervisor.disks import ensure_disks, prepare_fork
+from qvm.warm.fork import find_plan
+from qvm.warm.make import ensure_warm
+from qvm.warm.request import BASE, RUNTIME, build_request, warm_obstacle
+from qvm.warm.store import WarmImage, using
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +51,11 @@ def check_host(profile: str, runtime: Runtime) -> None:
         paths.ensure_private_dir(folder)
 
 
-def prepare(config: Config, record: Record | None, *, progress: Progress) -> Prepared:
+def prepare(config: Config, record: Record | None, *, cold: bool = False, progress: Progress) -> Prepared:
     """Bring the host's side of an instance up to date; the caller holds the instance's lock.
 
     What may fail without a trace (QEMU, image, accelerator, port) comes first; files of the instance are made last.
+    A new instance begins on a warm image, which is made if need be, unless `cold`.
     """
     runtime = load_runtime(config.runtime)
     check_host(config.profile, runtime)
@@ -71,8 +77,42 @@ def prepare(config: Config, record: Record | None, *, progress: Progress) -> Pre
         ssh_port=choose_ssh_port(config.ssh_port, record.ssh_port if record else 0),
         notes=tuple(notes),
     )
-    write_files(record, image, runtime)
+    drop_unused_fork(config.profile)
+    warm = None
+    if not cold and not Files(config.profile).root_disk.exists():
+        warm = obtain_warm(record, image, features, runtime, progress=progress)
+    write_files(record, image, runtime, warm)
     return Prepared(record, notes)
+
+
+def obtain_warm(
+    record: Record, image: Image, features: QemuFeatures, runtime: Runtime, *, progress: Progress
+) -> WarmImage | None:
+    """The warm image that a new instance begins on; None, with a note that says why, where it must boot."""
+    config = record.config
+    # A data disk that outlived a delete has its own content; only a machine that has not mounted one can take it.
+    stage = BASE if Files(config.profile).data_disk.exists() else RUNTIME
+    reason = warm_obstacle(config, image, runtime, stage=stage)
+    if reason is None:
+        request = build_request(config, image, image.arch, features, record.accel, runtime, stage=stage)
+        try:
+            return ensure_warm(request, progress=progress)
+        except QvmError as error:
+            reason = error.message
+    progress.note(f"starting cold: {reason}")
+    return None
+
+
+def drop_unused_fork(profile: str) -> None:
+    """Forget the disks of a fork that never ran (its start was interrupted): they are made anew from what fits now."""
+    files = Files(profile)
+    plan = find_plan(files.fork_plan)
+    if plan is None:
+        return
+    files.root_disk.unlink(missing_ok=True)
+    if plan.stage == RUNTIME:
+        files.data_disk.unlink(missing_ok=True)
+    files.fork_plan.unlink()
 
 
 def obtain_image(config: Config, record: Record | None, arch: Arch, *, progress: Progress) -> Image:
@@ -133,7 +173,7 @@ def _port_is_free(port: int) -> bool:
     return True
 
 
-def write_files(record: Record, image: Image, runtime: Runtime) -> None:
+def write_files(record: Record, image: Image, runtime: Runtime, warm: WarmImage | None) -> None:
     """Make or refresh the instance's folder; each step is idempotent, so an interrupted one is completed later."""
     files = Files(record.config.profile)
     for folder in (files.folder, files.ssh_folder, files.profile_folder, files.runtime_state):
@@ -143,24 +183,12 @@ def write_files(record: Record, image: Image, runtime: Runtime) -> None:
     _write(files.known_hosts, known_hosts_text(record.config.profile, record.ssh_port, files.ssh_host_key))
     _write(files.ssh_config, ssh_config_text(files, user=record.user.name, port=record.ssh_port))
     save_record(record)
-    ensure_disks(record, image)
+    if warm is None:
+        ensure_disks(record, image)
+    else:
+        with using(warm):
+            prepare_fork(record, warm)
     write_iso(render_seed(build_seed(record, runtime)), files.seed)
-
-
-def ensure_disks(record: Record, image: Image) -> None:
-    """Make the overlay and the data disk, or grow them; shrinking was refused when the settings were resolved."""
-    files = Files(record.config.profile)
-    if not files.root_disk.exists():
-        create_overlay(files.root_disk, backing=image.disk, backing_format=image.format, size=record.config.root_disk)
-    _grow(files.root_disk, record.config.root_disk)
-    if not files.data_disk.exists():
-        create_data_disk(files.data_disk, record.config.disk)
-    _grow(files.data_disk, record.config.disk)
-
-
-def _grow(path: Path, size: int) -> None:
-    if disk_info(path).virtual_size < size:
-        resize_disk(path, size)
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from qvm.instance.record import Record, config_to_dict
 from qvm.instance.store import clear_run, find_record, find_run, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor.client import Event
-from qvm.supervisor.launch import ensure_supervisor, wait_supervisor_gone, watch_until_ready
+from qvm.supervisor.launch import Prelaunched, ensure_supervisor, wait_supervisor_gone, watch_until_ready
 
 
 def start(
@@ -34,13 +34,13 @@ def start(
     """Create or start the instance `profile` and wait until every requirement holds.
 
     `flags` maps Config field names to values the user gave. A running instance is left as it is; differences from
-    what was asked are named in the notes. `cold` refuses a warm image (there is none yet: every start is cold).
+    what was asked are named in the notes. `cold` boots a new instance instead of forking a warm image.
     With `foreground` the call lasts until the instance stops or the caller is interrupted, which stops it.
     """
     check_name(profile)
     began = time.monotonic()
     with lock_instance(profile, on_wait=progress.note):
-        result = start_locked(profile, flags, cwd=cwd, progress=progress, began=began)
+        result = start_locked(profile, flags, cwd=cwd, cold=cold, progress=progress, began=began)
     if foreground:
         from qvm.commands.foreground import stay
 
@@ -49,7 +49,7 @@ def start(
 
 
 def start_locked(
-    profile: str, flags: Mapping[str, Any], *, cwd: Path, progress: Progress, began: float
+    profile: str, flags: Mapping[str, Any], *, cwd: Path, cold: bool = False, progress: Progress, began: float
 ) -> StartResult:
     """`start` for a caller that holds the instance's lock."""
     record = find_record(profile)
@@ -61,10 +61,11 @@ def start_locked(
     for note in resolved.notes:
         progress.note(note)
     clear_run(profile)
-    prepared = prepare(resolved.config, record, progress=progress)
-    for note in save_profile(resolved):
-        progress.note(note)
-    _boot(profile, progress=progress)
+    with Prelaunched() as waiting:
+        prepared = prepare(resolved.config, record, cold=cold, progress=progress)
+        for note in save_profile(resolved):
+            progress.note(note)
+        _boot(profile, waiting=waiting, progress=progress)
     notes = [*resolved.notes, *prepared.notes]
     return StartResult(profile, True, status(profile), notes, time.monotonic() - began)
 
@@ -82,10 +83,12 @@ def _join_running(record: Record, resolved: Resolved, *, progress: Progress, beg
     return StartResult(profile, False, status(profile), notes, time.monotonic() - began)
 
 
-def _boot(profile: str, *, progress: Progress, quiet: bool = False) -> None:
+def _boot(
+    profile: str, *, waiting: Prelaunched | None = None, progress: Progress, quiet: bool = False
+) -> None:
     """Have a supervisor, follow it until ready; an interrupt stops what was begun."""
     try:
-        ensure_supervisor(profile)
+        ensure_supervisor(profile, waiting=waiting)
         follow = _Follower(progress, quiet=quiet)
         watch_until_ready(profile, follow.see)
     except KeyboardInterrupt:

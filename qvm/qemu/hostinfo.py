@@ -54,6 +54,17 @@ def read_boot_id() -> str:
         return read_sysctl("kern.bootsessionuuid") or ""
 
 
+def read_cpu_model() -> str:
+    """What decides which instructions a guest under KVM or HVF sees; empty where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return read_sysctl("machdep.cpu.brand_string") or ""
+    first = text.split("\n\n", 1)[0]
+    told = ("vendor_id", "model name", "cpu family", "model", "stepping", "microcode", "flags", "CPU part", "Features")
+    return "\n".join(line for line in first.splitlines() if line.split("\t")[0].strip(": ") in told)
+
+
 def read_sysctl(name: str) -> str | None:
     try:
         return run(["sysctl", "-n", name], timeout=5).text.strip() or None

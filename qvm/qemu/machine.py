@@ -17,7 +17,7 @@ from qvm.errors import AcceleratorError, InstanceStateError, NoSpaceError, PortT
 from qvm.filenames import check_socket_path
 from qvm.instance.spec import InstanceSpec
 from qvm.log import get_logger
-from qvm.process import Identity, identify, is_alive, kill, spawn_detached
+from qvm.process import Identity, identify, is_alive, kill, spawn_detached, spawn_dying
 from qvm.qemu.cmdline import build_argv
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.monitor import Monitor
@@ -49,9 +49,11 @@ _children: dict[int, Popen[bytes]] = {}
 
 
 def start_qemu(
-    spec: InstanceSpec, features: QemuFeatures, *, log: Path, timeout: float = START_TIMEOUT
+    spec: InstanceSpec, features: QemuFeatures, *, log: Path, timeout: float = START_TIMEOUT, tied: bool = False
 ) -> Identity:
     """Start the machine and return once its monitor answers with the spec's UUID.
+
+    A `tied` one is killed when the calling thread ends, however it ends.
 
     QEMU's own words go to `log`. Raises PortTakenError, NoSpaceError, AcceleratorError or QemuError with those words
     where it dies, QemuError where it does not answer within `timeout` seconds; no process is left then.
@@ -62,7 +64,7 @@ def start_qemu(
     for path in (log, spec.serial_log):
         _rotate(path)
     began = _note_argv(log, argv)
-    child = spawn_detached(argv, log=log, umask=UMASK)
+    child = _spawn_tied(argv, log) if tied else spawn_detached(argv, log=log, umask=UMASK)
     try:
         _wait_for_monitor(spec, child, Deadline(timeout, "QEMU's start"))
         identity = identify(child.pid, spec.uuid)
@@ -75,6 +77,14 @@ def start_qemu(
         raise
     _children[child.pid] = child
     return identity
+
+
+def _spawn_tied(argv: list[str], log: Path) -> Popen[bytes]:
+    fd = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+    try:
+        return spawn_dying(argv, log=fd, umask=UMASK).child
+    finally:
+        os.close(fd)
 
 
 class _EndedError(Exception):

@@ -104,6 +104,15 @@ class Runtime(ABC):
     async def version(self, guest: Guest, context: RuntimeContext) -> str:
         """One line, e.g. "docker 26.1.5"."""
 
+    async def before_freeze(self, guest: Guest, context: RuntimeContext) -> None:
+        """The runtime is up, on a blank data disk, in a machine that belongs to nobody and is about to be frozen: undo
+        or note down what its forks must not share."""
+        return
+
+    async def after_fork(self, guest: Guest, context: RuntimeContext) -> list[str]:
+        """The same runtime, still running, in a new machine: give it identities of its own, quickly. Returns notes."""
+        return []
+
     async def teardown(self, guest: Guest, context: RuntimeContext) -> None:
         """Remove what `provision` made; the data folders stay."""
         return

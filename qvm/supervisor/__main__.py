@@ -1,4 +1,8 @@
-"""`python -m qvm.supervisor PROFILE`: the supervisor's process, started detached by `qvm.supervisor.launch`."""
+"""`python -m qvm.supervisor [PROFILE]`: the supervisor's process, started detached by `qvm.supervisor.launch`.
+
+Without a profile it waits for one on its standard input, so that its code is loaded while the start prepares the
+instance; where none comes, it ends.
+"""
 
 from __future__ import annotations
 
@@ -64,8 +68,21 @@ async def supervise(profile: str) -> None:
         await asyncio.sleep(LINGER)
 
 
+def await_profile() -> str:
+    """The name that comes on standard input, "" where its other end closes; our output is logged from then on."""
+    profile = sys.stdin.readline().strip()
+    if profile:
+        log = os.open(Files(profile).supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+    return profile
+
+
 def main() -> int:
-    profile = sys.argv[1]
+    profile = sys.argv[1] if len(sys.argv) > 1 else await_profile()
+    if not profile:
+        return 0
     qvm_log.configure(logging.DEBUG if os.environ.get("QVM_DEBUG") else logging.INFO)
     logging.captureWarnings(capture=True)
     # One supervisor per instance, whoever else was started in the same moment; the kernel frees the lock at our end.

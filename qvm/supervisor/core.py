@@ -1,6 +1,6 @@
 """The long-lived process of one instance: starts or adopts QEMU, makes it ready, serves it, and ends with it.
 
-    boot or adopt  ->  requirements  ->  sockets, context, "ready"  ->  wait for QEMU's end or a request
+    fork, boot or adopt  ->  requirements  ->  sockets, context, "ready"  ->  wait for QEMU's end or a request
                             |                                                  |
                             +--- failed: QEMU ended, logs kept                 +--- stop: ladder, context restored
 
@@ -15,7 +15,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from qvm.arch import find_arch
 from qvm.errors import InstanceStateError, NotReadyError, QvmError
 from qvm.filenames import Files
 from qvm.guest.requirements import wait_until_ready
@@ -25,15 +24,19 @@ from qvm.instance.record import Record, Run
 from qvm.instance.store import clear_run, find_run, load_record, save_run
 from qvm.log import get_logger
 from qvm.logtail import tail_of
-from qvm.qemu.machine import ended_by_chance, start_qemu, stop_qemu
+from qvm.qemu.machine import ended_by_chance, stop_qemu
 from qvm.qemu.monitor import Monitor
-from qvm.qemu.probe import probe_qemu
 from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.runtime.registry import load_runtime
-from qvm.supervisor.assemble import build_spec
 from qvm.supervisor.bus import Bus
+from qvm.supervisor.disks import undo_fork
+from qvm.supervisor.forking import Fork
+from qvm.supervisor.launching import Launched, boot, connect_monitor, fork
 from qvm.supervisor.link import GuestLink
 from qvm.supervisor.ready import ReadyParts, build_requirements, with_serial
+from qvm.warm.fork import ForkPlan, find_plan
+from qvm.warm.request import RUNTIME
+from qvm.warm.store import discard_warm
 
 log = get_logger(__name__)
 
@@ -57,6 +60,7 @@ class Supervisor:
         self.phase = "starting"
         self._life: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[str] | None = None
+        self._growing: asyncio.Task[None] | None = None
         self.finished = asyncio.Event()
 
     def begin(self) -> None:
@@ -65,64 +69,122 @@ class Supervisor:
     async def _live(self) -> None:
         try:
             await self._bring_up()
-            assert self.monitor is not None
-            await self.monitor.wait_closed()
+            while await self._serve_until_end():
+                await self._begin_cold("the guest rebooted; a machine that was forked starts anew for that")
             await self._ended("QEMU ended by itself")
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever it was, the waiting command must hear it and QEMU must not stay
             await self._fail(error)
 
+    async def _serve_until_end(self) -> bool:
+        """Wait for QEMU's end; True where it was a reboot of the guest, which a fork cannot do by itself."""
+        assert self.monitor is not None
+        rebooted = False
+
+        def see(event: dict[str, Any]) -> None:
+            nonlocal rebooted
+            if event.get("event") == "SHUTDOWN":
+                rebooted = event.get("data", {}).get("reason") == "guest-reset"
+
+        with self.monitor.subscribed(see):
+            await self.monitor.wait_closed()
+        return rebooted
+
     async def _bring_up(self) -> None:
-        await self._obtain_qemu()
-        try:
+        run = find_run(self.profile)
+        if run is not None:
+            log.info("adopting QEMU process %d", run.qemu.pid)
+            self.run = run
+            self.monitor = await connect_monitor(self.files, self.record.uuid)
             await self._make_ready()
+            return
+        clear_run(self.profile)
+        plan = find_plan(self.files.fork_plan)
+        if plan is not None and await self._fork(plan):
+            return
+        try:
+            await self._boot()
         except NotReadyError as error:
             if error.requirement != "qemu" or not ended_by_chance(self.files.qemu_log):
                 raise
-            self.bus.publish("note", text="QEMU hit a known defect of its version and ended; starting it once more")
-            await self._let_go()
-            clear_run(self.profile)
-            await self._obtain_qemu()
-            await self._make_ready()
+            await self._begin_cold("QEMU hit a known defect of its version and ended; starting it once more")
+
+    async def _begin_cold(self, why: str) -> None:
+        """Start the machine from power off, in the place of one that has ended."""
+        self.bus.publish("note", text=why)
+        self.phase = "starting"
+        await self._let_go()
+        clear_run(self.profile)
+        await self._boot()
+
+    async def _boot(self) -> None:
+        self._began(await boot(self.record, self.image))
+        await self._make_ready()
+
+    def _began(self, launched: Launched) -> None:
+        self.run, self.monitor = launched.run, launched.monitor
+        self.bus.publish("requirement", name="qemu", state="done", seconds=launched.seconds)
+
+    async def _fork(self, plan: ForkPlan) -> bool:
+        """Become a fork of the warm image and ready; False, with everything undone and said, where that failed."""
+        began = time.monotonic()
+        try:
+            launched, warm = await fork(self.record, self.image, plan)
+            self._began(launched)
+            self.bus.publish("requirement", name="restore", state="done",
+                             seconds=time.monotonic() - began - launched.seconds)
+            parts = Fork(self.record, warm, launched.monitor, self._new_link(), self.runtime, self.context)
+            self.requirements = dict.fromkeys(("agent", "seed", "runtime"), "waiting")
+            notes = await self._unless_qemu_ends(parts.come_alive(self._on_requirement))
+        except (QvmError, OSError) as error:
+            await self._give_up_fork(plan, error)
+            return False
+        for note in notes:
+            self.bus.publish("note", text=note)
+        await self._publish_ready(warm.runtime_version if warm.stage == RUNTIME else None)
+        self._growing = asyncio.create_task(parts.grow(), name="grow")
+        return True
+
+    async def _give_up_fork(self, plan: ForkPlan, error: Exception) -> None:
+        log.error("the fork failed", exc_info=error)
+        reason = error.message if isinstance(error, QvmError) else str(error)
+        self.bus.publish("note", text=f"the warm image could not be used ({reason}): starting cold")
+        run = self.run or find_run(self.profile)
+        if run is not None:
+            await stop_qemu(run.qemu, self.monitor, force=True)
+        await self._let_go()
+        self.run = self.monitor = self.link = None
+        clear_run(self.profile)
+        warm = plan.load()
+        if warm is not None:
+            discard_warm(warm)
+        await asyncio.to_thread(undo_fork, self.record, self.image, stage=plan.stage)
 
     async def _let_go(self) -> None:
         """Drop our hold on guest and monitor; whether QEMU lives does not matter here."""
+        if self._growing is not None:
+            self._growing.cancel()
+            await asyncio.gather(self._growing, return_exceptions=True)
         if self.link is not None:
             await self.link.close()
         if self.monitor is not None:
             await self.monitor.close()
 
-    async def _obtain_qemu(self) -> None:
-        run = find_run(self.profile)
-        if run is None:
-            clear_run(self.profile)
-            arch = find_arch(self.record.config.arch)
-            assert arch is not None, "validated when the record was made"
-            features = await asyncio.to_thread(probe_qemu, arch)
-            spec = build_spec(self.record, self.image, arch)
-            began = time.monotonic()
-            identity = await asyncio.to_thread(start_qemu, spec, features, log=self.files.qemu_log)
-            run = Run(identity, self.record.ssh_port, self.record.accel, time.time())
-            save_run(self.profile, run)
-            self.bus.publish("requirement", name="qemu", state="done", seconds=time.monotonic() - began)
-        else:
-            log.info("adopting QEMU process %d", run.qemu.pid)
-        self.run = run
-        self.monitor = await Monitor.connect(self.files.monitor_socket)
-        uuid = await self.monitor.uuid()
-        if uuid != self.record.uuid:
-            raise InstanceStateError(f"the process on {self.files.monitor_socket} is another machine ({uuid})")
-
-    async def _make_ready(self) -> None:
+    def _new_link(self) -> GuestLink:
         assert self.run is not None
         target = SshTarget(
             self.run.ssh_port, self.record.user.name, self.files.ssh_key,
             self.files.ssh_host_key.with_suffix(".pub").read_text().strip(),
         )
         self.link = GuestLink(self.files, target, publish=self.bus.publish, on_new_session=self._serve_again)
-        said_hello = asyncio.ensure_future(self.link.open())
-        parts = ReadyParts(self.record, self.link.channel, self.runtime, self.context, self.run.ssh_port,
+        return self.link
+
+    async def _make_ready(self) -> None:
+        assert self.run is not None
+        link = self._new_link()
+        said_hello = asyncio.ensure_future(link.open())
+        parts = ReadyParts(self.record, link.channel, self.runtime, self.context, self.run.ssh_port,
                            self.files.serial_log)
         wanted = build_requirements(parts, agent=said_hello)
         self.requirements = {requirement.name: "waiting" for requirement in wanted}
@@ -130,12 +192,19 @@ class Supervisor:
             await self._unless_qemu_ends(wait_until_ready(wanted, self._on_requirement))
         finally:
             said_hello.cancel()
-        await self.link.open_sockets(self.runtime.sockets)
+        await self._publish_ready(None)
+
+    async def _publish_ready(self, version: str | None) -> None:
+        """Open to the host what is open to it, and say so. `version`: the runtime's, where it is known."""
+        link = self.require_link()
+        await link.open_sockets(self.runtime.sockets)
         switch = self.record.config.activate
         notes = await asyncio.to_thread(self.runtime.activate, self.context, switch=switch)
         for note in notes or ():
             self.bus.publish("note", text=note)
-        version = await self.runtime.version(self.link.channel, self.context)
+        if version is None:
+            version = await self.runtime.version(link.channel, self.context)
+        assert self.run is not None
         self.run = replace(self.run, runtime_version=version, ready=True)
         save_run(self.profile, self.run)
         self.phase = "running"
@@ -150,7 +219,7 @@ class Supervisor:
         await self.runtime.start(link.channel, self.context)
         self.bus.publish("note", text="the guest started anew")
 
-    async def _unless_qemu_ends(self, work: Any) -> None:
+    async def _unless_qemu_ends(self, work: Any) -> Any:
         """Await `work`, but not past QEMU's own end: a dead QEMU fails the start at once, not at a deadline."""
         assert self.monitor is not None
         working = asyncio.ensure_future(work)
@@ -161,7 +230,7 @@ class Supervisor:
                 raise NotReadyError("qemu", "QEMU ended while the guest was starting",
                                     hint="see `qvm logs supervisor` and `qvm logs serial`",
                                     details=tail_of(self.files.qemu_log) or None, log_path=self.files.qemu_log)
-            await working
+            return await working
         finally:
             for task in (working, ended):
                 task.cancel()

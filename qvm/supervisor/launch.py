@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,16 +30,46 @@ def find_status(profile: str) -> dict[str, Any] | None:
         return None
 
 
-def ensure_supervisor(profile: str) -> None:
+class Prelaunched:
+    """A supervisor's process that has loaded its code and waits for its instance to be prepared.
+
+    Use as a context manager: where `ensure_supervisor` has not taken it by the end of the block, it ends.
+    """
+
+    def __init__(self) -> None:
+        self.child = spawn_detached([sys.executable, "-m", "qvm.supervisor"], log=None, stdin=subprocess.PIPE)
+
+    def go(self, profile: str) -> subprocess.Popen[bytes] | None:
+        """Have it serve `profile`; None where it has died."""
+        assert self.child.stdin is not None
+        try:
+            self.child.stdin.write(profile.encode() + b"\n")
+            self.child.stdin.close()
+        except BrokenPipeError:
+            return None
+        return self.child
+
+    def __enter__(self) -> Prelaunched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.child.stdin is not None
+        self.child.stdin.close()  # it reads the end, unless it has read its profile before
+
+
+def ensure_supervisor(profile: str, *, waiting: Prelaunched | None = None) -> None:
     """Have a supervisor answer for `profile`: it boots the instance, or adopts the QEMU that runs.
 
-    One that holds its lock but does not answer is stuck; it is ended first (QEMU lives on).
+    One that holds its lock but does not answer is stuck; it is ended first (QEMU lives on). `waiting`: a process to
+    use instead of a new one.
     """
     files = Files(profile)
     if find_status(profile) is not None:
         return
     end_stuck_supervisor(profile)
-    child = spawn_detached([sys.executable, "-m", "qvm.supervisor", profile], log=files.supervisor_log)
+    child = waiting.go(profile) if waiting is not None else None
+    if child is None:
+        child = spawn_detached([sys.executable, "-m", "qvm.supervisor", profile], log=files.supervisor_log)
 
     def answers() -> bool:
         if find_status(profile) is not None:

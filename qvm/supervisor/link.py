@@ -11,6 +11,7 @@ from qvm.filenames import Files
 from qvm.guest.channel import AgentChannel
 from qvm.guest.dial import Connection, Dialer
 from qvm.guest.forward import PortForwarder
+from qvm.guest.protocol import Hello
 from qvm.guest.sockets import SocketForwarder
 from qvm.guest.ssh import SshConnection, SshTarget
 from qvm.guest.streams import StreamMux
@@ -70,13 +71,21 @@ class GuestLink:
 
     async def open(self) -> None:
         """Connect and begin: agent up to date, clock right, streams and listener reports running."""
-        await self.channel.connect(self._files.agent_socket)
-        hello = await self.channel.hello(timeout=None)
+        hello = await self.greet(timeout=None)
         log.info("the agent answered %.1f s after its kernel started", hello.uptime)
         if await self.channel.update((share_dir("cloud-init") / "agent.py").read_bytes()):
             log.info("the guest's agent was another version and has been replaced")
-        await self.streams.connect(self._files.stream_socket)
         await self.channel.set_clock()
+        await self.begin_service()
+
+    async def greet(self, *, timeout: float | None) -> Hello:
+        """Connect and wait up to `timeout` seconds for the agent's answer; may be begun before the guest runs."""
+        await self.channel.connect(self._files.agent_socket)
+        return await self.channel.hello(timeout=timeout)
+
+    async def begin_service(self) -> None:
+        """Streams and listener reports, and from now on a new session of the agent is taken up by itself."""
+        await self.streams.connect(self._files.stream_socket)
         await self.channel.watch_listeners()
         self._opened = True
 

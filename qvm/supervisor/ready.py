@@ -50,12 +50,7 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
         await ensure_mounts(parts.channel, parts.record.config.mounts)
 
     async def check_runtime() -> None:
-        await parts.runtime.provision(parts.channel, parts.context)
-        await parts.runtime.start(parts.channel, parts.context)
-        for pause in backoff():
-            if await parts.runtime.ready(parts.channel, parts.context):
-                return
-            await asyncio.sleep(pause)
+        await start_runtime(parts.runtime, parts.channel, parts.context)
 
     async def check_ssh() -> None:
         for pause in backoff():
@@ -84,6 +79,16 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
                         "`qvm logs runtime` shows its journal", check_runtime, after=settled)
         )
     return requirements
+
+
+async def start_runtime(runtime: Runtime, channel: AgentChannel, context: RuntimeContext) -> None:
+    """Have the runtime provisioned and started, and wait until it answers, as long as it takes."""
+    await runtime.provision(channel, context)
+    await runtime.start(channel, context)
+    for pause in backoff():
+        if await runtime.ready(channel, context):
+            return
+        await asyncio.sleep(pause)
 
 
 async def ssh_answers(port: int, *, timeout: float = 10.0) -> bool:

@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("instance",),
     ("image", "seed", "qemu", "guest"),
     ("runtime",),
+    ("warm",),
     ("supervisor",),
     ("commands",),
     ("cli", "api"),

@@ -1,0 +1,53 @@
+"""An instance's disks: made for a cold start or a fork, grown when the profile says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qvm.filenames import Files
+from qvm.image.disk import create_data_disk, create_overlay, disk_info, resize_disk
+from qvm.image.store import Image
+from qvm.instance.record import Record
+from qvm.warm.fork import create_fork_disks, save_plan
+from qvm.warm.request import RUNTIME
+from qvm.warm.store import WarmImage, pin
+
+
+def ensure_disks(record: Record, image: Image) -> None:
+    """Make the overlay and the data disk, or grow them; shrinking was refused when the settings were resolved."""
+    files = Files(record.config.profile)
+    if not files.root_disk.exists():
+        create_overlay(files.root_disk, backing=image.disk, backing_format=image.format, size=record.config.root_disk)
+    _grow(files.root_disk, record.config.root_disk)
+    if not files.data_disk.exists():
+        create_data_disk(files.data_disk, record.config.disk)
+    _grow(files.data_disk, record.config.disk)
+
+
+def prepare_fork(record: Record, warm: WarmImage) -> None:
+    """Make the disks of a new instance on `warm`, whose own they never are: the plan says they have not run yet.
+
+    The running fork grows them (`qvm.supervisor.forking`); the caller holds `using(warm)`.
+    """
+    files = Files(record.config.profile)
+    pin(warm, files.root_disk)
+    create_fork_disks(warm, files.root_disk, files.data_disk)
+    if warm.stage != RUNTIME:
+        _grow(files.data_disk, record.config.disk)
+    save_plan(files.fork_plan, warm)
+
+
+def undo_fork(record: Record, image: Image, *, stage: str) -> None:
+    """Put disks for a cold start in the place of those a failed fork may have touched; a data disk that was there
+    before it is kept."""
+    files = Files(record.config.profile)
+    files.fork_plan.unlink(missing_ok=True)
+    files.root_disk.unlink(missing_ok=True)
+    if stage == RUNTIME:
+        files.data_disk.unlink(missing_ok=True)
+    ensure_disks(record, image)
+
+
+def _grow(path: Path, size: int) -> None:
+    if disk_info(path).virtual_size < size:
+        resize_disk(path, size)

@@ -1,0 +1,85 @@
+"""QEMU for an instance: booted from its disks, or forked from a warm image."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from qvm.arch import find_arch
+from qvm.errors import HostError, InstanceStateError
+from qvm.filenames import Files
+from qvm.image.store import Image
+from qvm.instance.record import Record, Run
+from qvm.instance.spec import InstanceSpec
+from qvm.instance.store import save_run
+from qvm.log import get_logger
+from qvm.qemu.features import QemuFeatures
+from qvm.qemu.machine import start_qemu
+from qvm.qemu.monitor import Monitor
+from qvm.qemu.probe import probe_qemu
+from qvm.supervisor.assemble import build_spec
+from qvm.warm.fork import ForkPlan, build_fork_spec, restore_fork
+from qvm.warm.store import WarmImage, using
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    run: Run
+    monitor: Monitor
+    seconds: float
+
+
+async def connect_monitor(files: Files, uuid: str) -> Monitor:
+    """The conversation with the machine of that UUID; InstanceStateError where another one answers."""
+    monitor = await Monitor.connect(files.monitor_socket)
+    found = await monitor.uuid()
+    if found != uuid:
+        await monitor.close()
+        raise InstanceStateError(f"the process on {files.monitor_socket} is another machine ({found})")
+    return monitor
+
+
+async def boot(record: Record, image: Image) -> Launched:
+    """Start the machine from power off."""
+    features, spec = await _plan_machine(record, image)
+    return await _start(record, spec, features)
+
+
+async def fork(record: Record, image: Image, plan: ForkPlan) -> tuple[Launched, WarmImage]:
+    """Start the machine where the warm image stopped; it is paused, for the caller to let go (`Monitor.resume`).
+
+    Raises QvmError where the warm image has gone or does not fit; what was started is ended then.
+    """
+    warm = plan.load()
+    if warm is None:
+        raise HostError("the warm image has gone or is damaged")
+    files = Files(record.config.profile)
+    with using(warm):
+        features, own = await _plan_machine(record, image)
+        launched = await _start(record, build_fork_spec(warm, own), features)
+        try:
+            await restore_fork(launched.monitor, warm, features)
+        except BaseException:
+            await launched.monitor.close()
+            raise
+    # From here on the disks are the machine's own: no second fork of them.
+    files.fork_plan.unlink()
+    return launched, warm
+
+
+async def _plan_machine(record: Record, image: Image) -> tuple[QemuFeatures, InstanceSpec]:
+    arch = find_arch(record.config.arch)
+    assert arch is not None, "validated when the record was made"
+    return await asyncio.to_thread(probe_qemu, arch), build_spec(record, image, arch)
+
+
+async def _start(record: Record, spec: InstanceSpec, features: QemuFeatures) -> Launched:
+    files = Files(record.config.profile)
+    began = time.monotonic()
+    identity = await asyncio.to_thread(start_qemu, spec, features, log=files.qemu_log)
+    run = Run(identity, record.ssh_port, record.accel, time.time())
+    save_run(record.config.profile, run)
+    return Launched(run, await connect_monitor(files, record.uuid), time.monotonic() - began)

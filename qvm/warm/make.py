@@ -1,0 +1,219 @@
+"""Make a warm image: boot a machine that belongs to nobody until its runtime answers, and freeze it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from qvm import paths
+from qvm.errors import GuestError, NotReadyError, QemuError, QvmError
+from qvm.guest.channel import AgentChannel
+from qvm.guest.keys import ensure_key
+from qvm.image.disk import create_data_disk, create_disk, create_overlay, disk_info
+from qvm.instance.record import write_json
+from qvm.instance.spec import InstanceSpec
+from qvm.locks import lock
+from qvm.logtail import tail_of
+from qvm.process import Identity, spawn_detached
+from qvm.progress import Progress
+from qvm.qemu.hostinfo import read_boot_id
+from qvm.qemu.machine import start_qemu, stop_qemu, wait_gone
+from qvm.qemu.monitor import Monitor
+from qvm.qemu.state import save_devices
+from qvm.runtime.base import RuntimeContext
+from qvm.seed.data import SeedData
+from qvm.seed.iso import write_iso
+from qvm.seed.render import render_seed
+from qvm.units import GiB
+from qvm.wait import backoff
+from qvm.warm.request import DATA_SIZE, RUNTIME, WarmRequest, build_warm_spec, warm_key
+from qvm.warm.store import MANIFEST, WarmImage, find_warm, load_warm, lock_path, prune_warm, sweep, warm_dir
+
+BOOT_TIMEOUT = 300.0
+"""Seconds until the agent answers; generous, for software emulation on a busy host."""
+QUIT_TIMEOUT = 30.0
+
+Tell = Callable[[str, str, float], None]
+
+
+def ensure_warm(request: WarmRequest, *, progress: Progress) -> WarmImage:
+    """The warm image of `request`, made first where there is none (once: others wait for the maker, then use it).
+
+    Raises QvmError where the machine does not come up; nothing is left then. A maker that is killed takes its machine
+    with it. Must be called from the main thread.
+    """
+    key = warm_key(request)
+    warm = find_warm(key)
+    if warm is not None:
+        return warm
+    with lock(lock_path(key), what=f"the warm image {request.title}", on_wait=progress.note):
+        warm = find_warm(key)
+        if warm is not None:
+            return warm
+        progress.note(f"no warm image of {request.title} yet: booting it once and freezing it")
+        sweep(key)
+        name = f"{key}-{secrets.token_hex(4)}"
+        folder = paths.ensure_private_dir(warm_dir() / f".{name}")
+        try:
+            asyncio.run(_Maker(request, folder, progress.milestone).make())
+            final = warm_dir() / name
+            folder.rename(final)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        warm = load_warm(final)
+        if warm is None:
+            raise QvmError("the warm image vanished as soon as it was made", hint="this is a defect in qvm")
+    spawn_detached([sys.executable, "-m", "qvm.warm.settle", str(warm.folder)], log=warm.folder / "settle.log")
+    for old in prune_warm(keep=key):
+        progress.note(f"removed the warm image {old.title}, the one used longest ago")
+    return warm
+
+
+class _Maker:
+    def __init__(self, request: WarmRequest, folder: Path, tell: Tell) -> None:
+        self.request = request
+        self.folder = folder
+        self.tell = tell
+        self.timings: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    async def make(self) -> None:
+        request, folder = self.request, self.folder
+        spec = build_warm_spec(request, folder)
+        self._write_files(spec)
+        identity = start_qemu(spec, request.features, log=folder / "qemu.log", tied=True)
+        monitor = await Monitor.connect(spec.monitor_socket)
+        self._done("warm qemu")
+        try:
+            version = await self._boot(spec, monitor)
+            await monitor.pause()
+            await save_devices(monitor, folder / "devices")
+            await monitor.quit()
+            if not await wait_gone(identity, QUIT_TIMEOUT):
+                raise QemuError(f"QEMU did not end within {QUIT_TIMEOUT:g} s after the freeze")
+            self._done("warm freeze")
+        except BaseException:
+            await self._abandon(identity, monitor)
+            raise
+        await monitor.close()
+        self._seal(version)
+
+    async def _abandon(self, identity: Identity, monitor: Monitor) -> None:
+        await stop_qemu(identity, monitor, force=True)
+        await monitor.close()
+
+    def _done(self, name: str) -> None:
+        now = time.monotonic()
+        self.timings[name] = now - self._last
+        self.tell(name, "done", now - self._last)
+        self._last = now
+
+    def _write_files(self, spec: InstanceSpec) -> None:
+        image, folder = self.request.image, self.folder
+        (folder / "idle").mkdir(mode=0o500)
+        size = disk_info(image.disk, format=image.format).virtual_size
+        create_overlay(folder / "root.qcow2", backing=image.disk, backing_format=image.format, size=size)
+        if self.request.stage == RUNTIME:
+            create_data_disk(folder / "data.qcow2", DATA_SIZE)
+        else:
+            create_disk(folder / "data.qcow2", GiB)  # only fills its slot
+        assert spec.ram_file is not None
+        with spec.ram_file.open("wb") as ram:
+            spec.ram_file.chmod(0o600)
+            ram.truncate(spec.memory)
+        write_iso(render_seed(self._seed()), folder / "seed.iso")
+
+    def _seed(self) -> SeedData:
+        """Of a machine that is nobody's: sshd has a key to start with, which no fork keeps."""
+        mounted = self.request.stage == RUNTIME
+        key = self.folder / "key"
+        ensure_key(key, comment="warm")
+        try:
+            return SeedData(
+                instance_id=self.folder.name, hostname="warm", user="root", uid=0, gid=0, home="/root",
+                shell="/bin/bash", authorized_keys=(), host_key=key.read_text(),
+                host_key_public=key.with_suffix(".pub").read_text().strip(), mounts=(), env={}, dns=(),
+                data_folders=tuple(str(folder) for folder in self.request.runtime.data_folders) if mounted else (),
+                data_disk=mounted, mac="",
+            )
+        finally:
+            key.unlink()
+            key.with_suffix(".pub").unlink()
+
+    async def _boot(self, spec: InstanceSpec, monitor: Monitor) -> str:
+        """From power on to quiet; returns the runtime's version."""
+        channel = AgentChannel()
+        try:
+            await channel.connect(spec.agent_socket)
+            await self._await_hello(channel, monitor, spec)
+            self._done("warm agent")
+            seed = await channel.wait_for_seed()
+            if seed.state != "applied":
+                raise GuestError("the guest could not be set up", details="\n".join(seed.errors))
+            self._done("warm seed")
+            version = await self._start_runtime(channel)
+            await channel.freeze(self.request.stage)
+            self._done("warm quiet")
+        finally:
+            await channel.close()
+        return version
+
+    async def _await_hello(self, channel: AgentChannel, monitor: Monitor, spec: InstanceSpec) -> None:
+        hello = asyncio.ensure_future(channel.hello(timeout=BOOT_TIMEOUT))
+        ended = asyncio.ensure_future(monitor.wait_closed())
+        try:
+            await asyncio.wait({hello, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not hello.done():
+                raise NotReadyError("qemu", "QEMU ended while the warm image booted", log_path=self.folder / "qemu.log",
+                                    details=tail_of(self.folder / "qemu.log") or None)
+            try:
+                await hello
+            except QvmError as error:
+                raise NotReadyError("agent", error.message, details=tail_of(spec.serial_log) or None) from error
+        finally:
+            for task in (hello, ended):
+                task.cancel()
+            await asyncio.gather(hello, ended, return_exceptions=True)
+
+    async def _start_runtime(self, channel: AgentChannel) -> str:
+        if self.request.stage != RUNTIME:
+            return ""
+        runtime = self.request.runtime
+        context = RuntimeContext("warm", self.folder, self.folder, "root", settings=self.request.settings)
+        async with asyncio.timeout(runtime.start_timeout):
+            await runtime.provision(channel, context)
+            await runtime.start(channel, context)
+            for pause in backoff():
+                if await runtime.ready(channel, context):
+                    break
+                await asyncio.sleep(pause)
+        version = await runtime.version(channel, context)
+        await runtime.before_freeze(channel, context)
+        if runtime.name != "none":
+            self._done(f"warm {runtime.name}")
+        return version
+
+    def _seal(self, version: str) -> None:
+        """What is left behind is what forks need; disks reach the disk now, the RAM in its own time (settle.py)."""
+        request, folder = self.request, self.folder
+        for name in ("serial.log", "qemu.log"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("m", "a", "s"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("root.qcow2", "data.qcow2", "devices", "seed.iso"):
+            paths.sync(folder / name)
+        files = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
+        write_json(folder / MANIFEST, {
+            "version": 1, "title": request.title, "stage": request.stage, "image": request.image.id,
+            "arch": request.arch.name, "runtime": request.runtime.name if request.stage == RUNTIME else "",
+            "runtime_version": version, "cpus": request.cpus, "memory": request.memory,
+            "mount_slots": request.mount_slots, "accel": request.accel,
+            "qemu": request.features.version_text, "files": files, "host_boot": read_boot_id(),
+            "created": time.time(), "timings": self.timings,
+        })  # fmt: skip
+

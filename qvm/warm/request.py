@@ -1,0 +1,140 @@
+"""What a warm image is made for, the machine it is frozen in, and the key that both decide. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qvm.arch import X86_64, Arch
+from qvm.config.model import Config
+from qvm.image.store import Image
+from qvm.instance.kernel import kernel_cmdline
+from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
+from qvm.paths import share_dir
+from qvm.qemu.cmdline import build_argv
+from qvm.qemu.devices import MAX_MOUNTS, PLUGGABLE_MEMORY
+from qvm.qemu.features import QemuFeatures
+from qvm.qemu.hostinfo import read_cpu_model
+from qvm.runtime.base import Runtime
+from qvm.units import GiB, MiB
+
+FORMAT = 1
+"""Raised when forks of older warm images would not do."""
+Stage = Literal["runtime", "base"]
+RUNTIME: Stage = "runtime"
+BASE: Stage = "base"
+"""Stages: the runtime answering on a blank data disk that is mounted; or nothing started and no data disk."""
+DATA_SIZE = 10 * GiB
+"""Of the runtime stage's data disk. A fork grows its copy to what the profile says."""
+COMMON_MEMORY = 2 * GiB
+MEMORY_BLOCK = 128 * MiB
+"""Linux plugs memory in blocks of this on x86-64."""
+_SLOTS = (4, 16, MAX_MOUNTS)
+_UUID = "00000000-0000-4000-8000-0000716d7761"
+_MAC = "52:54:00:71:76:6d"
+
+
+@dataclass(frozen=True)
+class WarmRequest:
+    image: Image
+    arch: Arch
+    features: QemuFeatures
+    accel: str
+    runtime: Runtime
+    stage: Stage
+    cpus: int
+    memory: int
+    """Bytes the machine has from its boot on; more is plugged into a fork."""
+    mount_slots: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The runtime's section of the profile."""
+
+    @property
+    def title(self) -> str:
+        """For people: `debian-13 with docker (x86_64, 2 CPUs, 2048 MiB)`."""
+        what = f" with {self.runtime.name}" if self.stage == RUNTIME and self.runtime.name != "none" else ""
+        return f"{self.image.name}{what} ({self.arch.name}, {self.cpus} CPUs, {self.memory // MiB} MiB)"
+
+
+def choose_memory(wanted: int, arch: Arch, accel: str) -> int:
+    """The memory of the warm image that serves `wanted` bytes: the common size where the rest can be plugged in."""
+    rest = wanted - COMMON_MEMORY
+    if arch is X86_64 and 0 <= rest <= PLUGGABLE_MEMORY and rest % MEMORY_BLOCK == 0:
+        return COMMON_MEMORY
+    return wanted
+
+
+def choose_mount_slots(mounts: int) -> int:
+    return next((slots for slots in _SLOTS if mounts <= slots), _SLOTS[-1])
+
+
+def build_request(
+    config: Config, image: Image, arch: Arch, features: QemuFeatures, accel: str, runtime: Runtime, *, stage: Stage
+) -> WarmRequest:
+    """The warm image that a profile forks from. The base stage starts no runtime, so it is the same for all."""
+    return WarmRequest(
+        image=image, arch=arch, features=features, accel=accel, runtime=runtime, stage=stage, cpus=config.cpus,
+        memory=choose_memory(config.memory, arch, accel), mount_slots=choose_mount_slots(len(config.mounts)),
+    )
+
+
+def build_warm_spec(request: WarmRequest, folder: Path) -> InstanceSpec:
+    """The machine that is booted and frozen in `folder`; that of a fork is made from it (`build_fork_spec`)."""
+    image = request.image
+    assert image.kernel is not None and image.initrd is not None, "asked before"
+    return InstanceSpec(
+        name="warm", uuid=_UUID, arch=request.arch.name, accel=request.accel, cpus=request.cpus, memory=request.memory,
+        disks=(
+            Disk(folder / "root.qcow2", "root"),
+            Disk(folder / "data.qcow2", "data"),
+            Disk(folder / "seed.iso", "seed", format="raw", readonly=True),
+        ),
+        mounts=(), mac=_MAC, ssh_port=0,
+        monitor_socket=folder / "m", agent_socket=folder / "a", stream_socket=folder / "s",
+        serial_log=folder / "serial.log",
+        boot=KernelBoot(image.kernel, image.initrd, kernel_cmdline(image.cmdline, request.arch, request.accel)),
+        ram_file=folder / "ram", ram_shared=True, mount_slots=request.mount_slots, idle_folder=folder / "idle",
+    )
+
+
+def warm_key(request: WarmRequest) -> str:
+    """Names everything that makes a frozen state fit: one digest, so that any change leads to another warm image.
+
+    The command line covers QEMU's build, machine, accelerator, CPUs, memory and devices.
+    """
+    parts = {
+        "format": FORMAT,
+        "image": request.image.id,
+        "argv": build_argv(build_warm_spec(request, Path("/w")), request.features),
+        "build": request.features.build,
+        "machine": request.features.machine,
+        "cpu": "" if request.accel == "tcg" else read_cpu_model(),
+        "agent": hashlib.sha256((share_dir("cloud-init") / "agent.py").read_bytes()).hexdigest(),
+        "stage": request.stage,
+        "runtime": [request.runtime.name, _source_digest(request.runtime), sorted(request.settings.items())]
+        if request.stage == RUNTIME else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _source_digest(runtime: Runtime) -> str:
+    """Of the plugin's own files: another version of it provisions another way."""
+    digest = hashlib.sha256()
+    folder = Path(inspect.getfile(type(runtime))).parent
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def warm_obstacle(config: Config, image: Image, runtime: Runtime, *, stage: Stage) -> str | None:
+    """Why no warm image can serve this; None where one can."""
+    if image.kernel is None:
+        return f"the image {image.name!r} boots by its own firmware and boot loader"
+    if stage == RUNTIME and config.disk < DATA_SIZE:
+        return f"a data disk below {DATA_SIZE // GiB} GiB is made for the profile alone"
+    return None
