@@ -152,10 +152,10 @@ class Monitor:
         """What the human monitor prints for `line`: `hostfwd_add ...` and `info usernet` exist only there."""
         return str(await self.execute("human-monitor-command", {"command-line": line}))
 
-    async def give_file(self, path: Path, name: str) -> None:
-        """Hand QEMU a file, opened for reading, which it knows as `name` (QMP's `getfd`)."""
+    async def give_file(self, path: Path, name: str, *, writable: bool = False) -> None:
+        """Hand QEMU a file that exists, opened for reading (or both), which it knows as `name` (QMP's `getfd`)."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
         except OSError as error:
             raise QemuError(f"cannot open {path}: {error.strerror}") from error
         try:
