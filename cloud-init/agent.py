@@ -36,6 +36,9 @@ TICK = 0.2
 PLUG_TIMEOUT = 10.0  # seconds until a device that the host plugs in is there
 STATE_FOLDER = "/etc/qvm"
 GATEWAY, NAMESERVER = "10.0.2.2", "10.0.2.3"  # QEMU's user network
+DATA_FOLDER = "/var/lib/qvm"  # where the data disk is mounted
+SERVICE_DROP_IN = "/etc/systemd/system/service.d/10-qvm-environment.conf"
+SERVICE_ENVIRONMENT = f"[Service]\nEnvironmentFile=-{STATE_FOLDER}/environment\n".encode()
 
 
 def log(*words):
@@ -306,8 +309,41 @@ def write_atomic(path, data, mode=0o644, owner=None):
     return True
 
 
+def overwrite(path, data, mode=0o644, owner=None):
+    """As write_atomic, but into the file that is there, which spares a new inode, a rename and their blocks. Only where
+    nobody reads along: in a fork that nobody has got yet. A crash may lose it; the next start applies the seed anew.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return write_atomic(path, data, mode, owner)
+    try:
+        old = os.fstat(fd)
+        changed = old.st_size != len(data) or os.pread(fd, len(data), 0) != data
+        if changed:
+            os.pwrite(fd, data, 0)
+            if old.st_size > len(data):
+                os.ftruncate(fd, len(data))
+        if old.st_mode & 0o7777 != mode:
+            os.fchmod(fd, mode)
+        if owner is not None and (old.st_uid, old.st_gid) != owner:
+            os.fchown(fd, *owner)
+    finally:
+        os.close(fd)
+    return changed
+
+
+def grow_root():
+    number = os.stat("/").st_dev
+    folder = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    whole = os.path.isdir(folder) and not os.path.exists(f"{folder}/partition")
+    return whole and grow_ext4(f"/dev/{os.path.basename(folder)}", "/")
+
+
 class Personality:
     """Applies a seed document to the system under `root`; every step stands alone, so one that fails stops no other."""
+
+    write = staticmethod(write_atomic)
 
     def __init__(self, document, root="/"):
         self.doc = document
@@ -322,7 +358,7 @@ class Personality:
 
     def put(self, path, text, mode=0o644, owner=None):
         data = text if isinstance(text, bytes) else text.encode()
-        return write_atomic(self.path(path), data, mode, owner if self.live else None)
+        return self.write(self.path(path), data, mode, owner if self.live else None)
 
     def put_block(self, path, lines):
         """Keep our lines, and only ours, between two marks in a file that others write too."""
@@ -339,9 +375,19 @@ class Personality:
         mark = f"{self.doc.get('instance_id', '')} {raw_digest}\n".encode()
         fresh = read(stamp) != mark
         once = (self.hostname, self.machine_id, self.user, self.keys, self.sshd, self.environment, self.dns)
-        always = (self.entropy, self.runtime_hostname, self.grow_root, self.data_disk, self.data_folders, self.mounts)
+        always = (self.runtime_hostname, self.grow_root, self.data_disk, self.data_folders, self.mounts)
         started = time.monotonic()
-        for step in (*(once if fresh else ()), *always, self.restart_sshd):
+        self.run(*(once if fresh else ()), *always, self.restart_sshd)
+        if fresh and not self.errors:
+            self.put(f"{STATE_FOLDER}/applied", mark)
+        return {"fresh": fresh, **self.report(started)}
+
+    def report(self, started):
+        return {"instance_id": self.doc.get("instance_id"), "errors": self.errors,
+                "seconds": round(time.monotonic() - started, 4), "timings": self.timings}
+
+    def run(self, *steps):
+        for step in steps:
             begun = time.monotonic()
             try:
                 step()
@@ -349,10 +395,6 @@ class Personality:
                 self.errors.append({"step": step.__name__, "message": f"{type(error).__name__}: {error}"})
                 log("seed step", step.__name__, "failed:", error)
             self.timings[step.__name__] = round(time.monotonic() - begun, 4)
-        if fresh and not self.errors:
-            self.put(f"{STATE_FOLDER}/applied", mark)
-        return {"instance_id": self.doc.get("instance_id"), "fresh": fresh, "errors": self.errors,
-                "seconds": round(time.monotonic() - started, 4), "timings": self.timings}
 
     def hostname(self):
         name = self.doc.get("hostname")
@@ -370,17 +412,6 @@ class Personality:
     def machine_id(self):
         if self.doc.get("machine_id"):
             self.put("/etc/machine-id", self.doc["machine_id"] + "\n", 0o444)
-
-    def entropy(self):
-        """Fresh randomness: two forks of one warm image must share no random stream."""
-        if not (self.doc.get("entropy") and self.live):
-            return
-        import fcntl
-
-        seed = unb64(self.doc["entropy"])
-        with open("/dev/urandom", "wb", buffering=0) as device:
-            fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
-            fcntl.ioctl(device, RNDRESEEDCRNG)
 
     def user(self):
         """The user, in the account files themselves: useradd and friends cost more than the whole rest of this."""
@@ -433,10 +464,12 @@ class Personality:
             os.makedirs(into, exist_ok=True)
             for each in names:
                 write_atomic(f"{into}/{each}", read(f"{folder}/{each}") or b"")
-        if self.live:
-            for folder, _, names in os.walk(target):
-                for each in (folder, *(f"{folder}/{leaf}" for leaf in names)):
-                    os.chown(each, uid, gid, follow_symlinks=False)
+        self.give(target, uid, gid)
+
+    def give(self, home, uid, gid):
+        for folder, _, names in os.walk(home) if self.live and os.stat(home).st_uid != uid else ():
+            for each in (folder, *(f"{folder}/{leaf}" for leaf in names)):
+                os.chown(each, uid, gid, follow_symlinks=False)
 
     def table(self, path):
         text = (read(self.path(path)) or b"").decode(errors="surrogateescape")
@@ -493,8 +526,7 @@ class Personality:
             # pam_env knows no escapes, only a pair of quotes around the whole.
             simple = {name: value for name, value in env.items() if "\n" not in value}
             self.put_block("/etc/environment", [f'{name}="{value}"' for name, value in simple.items()])
-        drop_in = "/etc/systemd/system/service.d/10-qvm-environment.conf"
-        changed = self.put(drop_in, f"[Service]\nEnvironmentFile=-{STATE_FOLDER}/environment\n")
+        changed = self.put(SERVICE_DROP_IN, SERVICE_ENVIRONMENT)
         if changed and env and self.live and os.path.isdir("/run/systemd/system"):
             # systemd reads drop-ins when it loads units, which it has done for this boot; reloading takes seconds.
             run_program(["systemctl", "set-environment", *(f"{name}={value}" for name, value in env.items())])
@@ -504,16 +536,12 @@ class Personality:
         self.put("/etc/resolv.conf", "".join(f"nameserver {server}\n" for server in servers))
 
     def grow_root(self):
-        if not self.live:
-            return
-        number = os.stat("/").st_dev
-        folder = os.path.realpath(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-        if os.path.isdir(folder) and not os.path.exists(f"{folder}/partition"):
-            grow_ext4(f"/dev/{os.path.basename(folder)}", "/")
+        if self.live:
+            grow_root()
 
     def data_disk(self):
-        device = find_disk("data") if self.live else None
-        target = "/var/lib/qvm"
+        device = find_disk("data") if self.live and self.doc.get("data_disk", True) else None
+        target = DATA_FOLDER
         if device is None or mounted_at(target):
             return
         system = Ext4.find(device)
@@ -528,12 +556,12 @@ class Personality:
         grow_ext4(device, target)
 
     def data_folders(self):
-        if not (self.live and mounted_at("/var/lib/qvm")):
+        if not (self.live and mounted_at(DATA_FOLDER)):
             return
         for folder in self.doc.get("data_folders") or []:
             if mounted_at(folder):
                 continue
-            source = "/var/lib/qvm" + folder
+            source = DATA_FOLDER + folder
             os.makedirs(folder, exist_ok=True)
             if not os.path.isdir(source):
                 os.makedirs(source)
@@ -598,6 +626,428 @@ def mount_9p(mount, user):
     wait_for_tag(tag)
     sys_mount(tag, target, "9p", flags, f"trans=virtio,version=9p2000.L,msize=512000,access=any,cache={cache}")
     return True
+
+
+# --- frozen machines and their forks ---------------------------------------------------------------------------------
+
+BOOT_ID, PRODUCT_ID = "/proc/sys/kernel/random/boot_id", "/sys/class/dmi/id/product_uuid"
+FORK_MODULES = ("9p", "9pnet_virtio", "overlay", "bridge", "br_netfilter", "veth")
+NEW_HOME = "/home/.qvm"  # a home that waits for its user
+# What a fork writes. That the files are there already makes it cheap, see overwrite().
+FORK_FILES = {
+    "/etc/hostname": 0o644, "/etc/hosts": 0o644, "/etc/resolv.conf": 0o644, "/etc/environment": 0o644,
+    "/etc/subuid": 0o644, "/etc/subgid": 0o644, "/etc/sudoers.d/90-qvm": 0o440, "/etc/profile.d/qvm.sh": 0o644,
+    "/etc/qvm/environment": 0o644, "/etc/ssh/ssh_host_ed25519_key": 0o600, "/etc/ssh/ssh_host_ed25519_key.pub": 0o644,
+    "/etc/ssh/sshd_config.d/10-qvm.conf": 0o644,
+}
+SIOCSIFHWADDR = 0x8924
+
+
+def forms_of(digits):
+    """How programs keep an id of 128 bits: as bytes, as hexadecimal digits, as a UUID."""
+    parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    return bytes.fromhex(digits), digits.encode(), "-".join(parts).encode()
+
+
+def find_bytes(pid, patterns):
+    """[[address, number of the pattern]] in the private memory that this process may write and has touched."""
+    found = []
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory, \
+            open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pages:
+        for line in maps.read().splitlines():
+            bounds, rights = line.split(" ", 2)[:2]
+            if rights != "rw-p":
+                continue
+            at, end = (int(word, 16) >> 12 for word in bounds.split("-"))
+            # Bit 63 of a page's entry: present (admin-guide/mm/pagemap.rst). What is not was never written.
+            present = bytes(top >> 7 for top in os.pread(pages.fileno(), (end - at) * 8, at * 8)[7::8])
+            start = present.find(1)
+            while start >= 0:
+                stop = present.find(0, start)
+                stop = len(present) if stop < 0 else stop
+                data = os.pread(memory.fileno(), (stop - start) << 12, (at + start) << 12)
+                for number, pattern in enumerate(patterns):
+                    place = data.find(pattern)
+                    while place >= 0:
+                        found.append([((at + start) << 12) + place, number])
+                        place = data.find(pattern, place + 1)
+                start = present.find(1, stop)
+    return found
+
+
+def process_start(pid):
+    """In ticks since the boot: with the pid, what tells a process from any other; None where it is gone."""
+    words = (read(f"/proc/{pid}/stat") or b"").rpartition(b") ")[2].split()
+    return words[19] if words else None
+
+
+def processes(wanted):
+    """The pids whose name (comm) `wanted` says yes to."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if wanted((read(f"/proc/{pid}/comm") or b"").decode(errors="replace").strip()):
+            found.append(int(pid))
+    return found
+
+
+class KnownId:
+    """An id that running programs keep in memory. Where is found out before a freeze, and a fork writes another there:
+    the alternative is to start them anew, which takes them seconds.
+    """
+
+    def __init__(self, digits, pids, file=None):
+        self.digits, self.file = digits, file
+        forms = forms_of(digits)
+        self.places = [(pid, process_start(pid), find_bytes(pid, forms)) for pid in pids]
+
+    @property
+    def count(self):
+        return sum(len(found) for _, _, found in self.places)
+
+    def replace(self, digits):
+        """True where each program that had it has the new one now."""
+        old, new = forms_of(self.digits), forms_of(digits)
+        complete = True
+        for pid, started, found in self.places:
+            if not found or process_start(pid) != started:
+                continue  # it never had it, or has gone: whoever is there now has read the file, or is about to
+            with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+                fd = memory.fileno()
+                there = [(at, form) for at, form in found if os.pread(fd, len(old[form]), at) == old[form]]
+                for at, form in there:
+                    os.pwrite(fd, new[form], at)
+            complete &= bool(there)
+        if self.file and read(self.file) is not None:
+            data = read(self.file)
+            for before, after in ((old[1], new[1]), (old[2], new[2])):
+                data = data.replace(before, after)
+            overwrite(self.file, data, os.stat(self.file).st_mode & 0o7777)
+        self.digits = digits
+        return complete
+
+
+def cover(path, text):
+    """Show `text` in a file of the kernel's that says what cannot be changed."""
+    ours = f"/run/qvm/{os.path.basename(path)}"
+    overwrite(ours, text.encode(), os.stat(path).st_mode & 0o7777)
+    if os.stat(path).st_dev == os.stat(os.path.dirname(path)).st_dev:
+        sys_mount(ours, path, "none", MS_BIND, "")
+
+
+def interfaces(kind):
+    """Network interfaces with this entry in sysfs: `device` for real ones, `bridge`."""
+    return [name for name in os.listdir("/sys/class/net") if os.path.exists(f"/sys/class/net/{name}/{kind}")]
+
+
+def set_mac(name, mac):
+    """While the interface is up; virtio_net and bridges allow that."""
+    import fcntl
+
+    some = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        fcntl.ioctl(some.fileno(), SIOCSIFHWADDR, struct.pack("16sH6s8x", name.encode(), 1, mac))
+    finally:
+        some.close()
+
+
+def write_kernel(path, text):
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+class Fork(Personality):
+    """The first thing a restored machine does: become one of its own.
+
+    Code that runs for the first time after a restore is translated anew under emulation, which is most of what this
+    costs: so no programs, no new files where old ones do, and two threads where two things have nothing in common.
+    """
+
+    write = staticmethod(overwrite)
+
+    def __init__(self, document, known, arrived, root="/"):
+        super().__init__(document, root)
+        self.fork, self.known, self.arrived = document["fork"], known, arrived
+        self.stale = []
+
+    def apply(self):
+        started = time.monotonic()
+        self.run(self.entropy, self.clock)
+        if self.fork.get("data_disk") == "bind":
+            self.run(self.bind_data_disk, self.data_disk)
+        self.run(self.data_folders, self.user)
+        mounted = _thread.allocate_lock()
+        mounted.acquire()
+
+        def mount():
+            self.run(self.mounts)
+            mounted.release()
+
+        _thread.start_new_thread(mount, ())
+        self.run(self.hostname, self.runtime_hostname, self.machine_id, self.cover_ids, self.network, self.keys,
+                 self.sshd, self.environment, self.dns, self.known_ids, self.restart_sshd)
+        mounted.acquire()
+        return {"fresh": True, "stale": self.stale, **self.report(started)}
+
+    def entropy(self):
+        """Fresh randomness: two forks of one warm image must share no random stream."""
+        if not self.live:
+            return
+        import fcntl
+
+        seed = unb64(self.fork["entropy"])
+        with open("/dev/urandom", "wb", buffering=0) as device:
+            fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+            fcntl.ioctl(device, RNDRESEEDCRNG)
+
+    def clock(self):
+        if self.live and self.fork.get("clock_ns"):
+            time.clock_settime_ns(time.CLOCK_REALTIME, self.fork["clock_ns"] + time.monotonic_ns() - self.arrived)
+
+    def bind_data_disk(self):
+        """The driver looks at the disk only now: what stood there at the freeze was another one."""
+        for name in os.listdir("/sys/bus/virtio/devices") if self.live else ():
+            folder = f"/sys/bus/virtio/devices/{name}"
+            if read(f"{folder}/device") == b"0x0002\n" and not os.path.exists(f"{folder}/driver"):
+                write_kernel("/sys/bus/virtio/drivers/virtio_blk/bind", name)
+
+    def home(self, home, uid, gid):
+        waiting = self.path(NEW_HOME)
+        if os.path.isdir(waiting) and not os.path.exists(self.path(home)):
+            os.makedirs(os.path.dirname(self.path(home)), exist_ok=True)
+            os.rename(waiting, self.path(home))
+            self.give(self.path(home), uid, gid)
+        super().home(home, uid, gid)
+
+    def machine_id(self):
+        new, old = self.fork["machine_id"], (read(self.path("/etc/machine-id")) or b"").decode().strip()
+        for path in ("/etc/machine-id", "/run/machine-id"):
+            if os.path.exists(self.path(path)):
+                self.put(path, new + "\n", 0o444)
+        # journalctl takes journals below another machine's id for those of another machine; journald, which runs on,
+        # knows them by the old name.
+        for folder in ("/run/log/journal", "/var/log/journal"):
+            if self.live and old != new and os.path.isdir(f"{folder}/{old}"):
+                os.rename(f"{folder}/{old}", f"{folder}/{new}")
+                os.symlink(new, f"{folder}/{old}")
+
+    def cover_ids(self):
+        if self.live:
+            cover(BOOT_ID, self.fork["boot_id"] + "\n")
+            if self.fork.get("uuid") and os.path.exists(PRODUCT_ID):
+                cover(PRODUCT_ID, self.fork["uuid"] + "\n")
+
+    def network(self):
+        """A new MAC; IPv6's addresses are derived from it, and come anew when the protocol is switched on."""
+        if not self.live:
+            return
+        for name in interfaces("device")[:1] if self.fork.get("mac") else ():
+            switch = f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6"
+            if read(switch) == b"0\n":
+                write_kernel(switch, "1")
+            set_mac(name, bytes.fromhex(self.fork["mac"].replace(":", "")))
+            if os.path.exists(switch):
+                write_kernel(switch, "0")
+        for name in interfaces("bridge"):
+            set_mac(name, b"\x02\x42" + os.urandom(4))
+
+    def known_ids(self):
+        given = {"machine-id": self.fork["machine_id"], "boot-id": self.fork["boot_id"]}
+        for name, known in self.known.items():
+            fresh = os.urandom(16).hex()
+            digits = given.get(name) or f"{fresh[:12]}4{fresh[13:16]}{'89ab'[int(fresh[16], 16) & 3]}{fresh[17:]}"
+            try:
+                complete = known.replace(digits.replace("-", ""))
+            except OSError as error:
+                log("known id", name, error)
+                complete = False
+            if not complete:
+                self.stale.append(name)
+
+
+class Freezer:
+    """Makes a machine ready to be frozen and forked: what each fork would do alike is done once, and what it should
+    not share goes. Stage `running` is a machine that somebody uses, about to be copied: nothing is taken from it.
+    """
+
+    def __init__(self, stage, known):
+        self.stage, self.known = stage, known
+
+    def run(self):
+        steps = (self.know_ids, self.sync)
+        if self.stage != "running":
+            steps = (self.load, self.forget, self.prepare, self.units, self.quiet_network, self.rehearse,
+                     *((self.unbind_data_disk,) if self.stage == "base" else ()), *steps)
+        timings = {}
+        for step in steps:
+            begun = time.monotonic()
+            step()
+            timings[step.__name__] = round(time.monotonic() - begun, 4)
+        return {"timings": timings}
+
+    @staticmethod
+    def load():
+        missing = [name for name in FORK_MODULES if not os.path.isdir(f"/sys/module/{name}")]
+        if missing:
+            run_program(["modprobe", "-a", *missing])
+
+    @staticmethod
+    def forget():
+        folder = "/etc/ssh"
+        names = os.listdir(folder) if os.path.isdir(folder) else ()
+        gone = [f"{folder}/{name}" for name in names if name.startswith("ssh_host_")]
+        for path in (*gone, "/var/lib/systemd/random-seed", f"{STATE_FOLDER}/applied"):
+            if os.path.exists(path):
+                os.unlink(path)
+
+    @staticmethod
+    def prepare():
+        for path, mode in FORK_FILES.items():
+            if not os.path.lexists(path):
+                write_atomic(path, b"\n", mode)
+        os.makedirs("/etc/ssh/authorized_keys.d", 0o755, exist_ok=True)
+        os.makedirs("/run/qvm", 0o755, exist_ok=True)
+        for path in (BOOT_ID, PRODUCT_ID):
+            if os.path.exists(path):
+                cover(path, read(path).decode())
+        Personality({}).home(NEW_HOME, 1000, 1000)
+
+    @staticmethod
+    def units():
+        """Services get the environment by a drop-in; systemd must have read it, which takes it long."""
+        if write_atomic(SERVICE_DROP_IN, SERVICE_ENVIRONMENT) and os.path.isdir("/run/systemd/system"):
+            run_program(["systemctl", "daemon-reload"])
+
+    @staticmethod
+    def quiet_network():
+        for name in interfaces("device")[:1]:
+            if os.path.exists(f"/proc/sys/net/ipv6/conf/{name}"):
+                write_kernel(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "1")
+
+    @staticmethod
+    def rehearse():
+        """So that no fork reads libraries and programs from the disk."""
+        import fcntl  # noqa: F401
+        import subprocess
+
+        subprocess.run(["sh", "-c", ":"], stdin=subprocess.DEVNULL, check=False)
+        account_of("nobody")
+        mounted_at("/")
+
+    @staticmethod
+    def unbind_data_disk():
+        device = find_disk("data")
+        if device is not None:
+            name = os.path.basename(os.path.realpath(f"/sys/block/{os.path.basename(device)}/device"))
+            write_kernel("/sys/bus/virtio/drivers/virtio_blk/unbind", name)
+
+    def know_ids(self):
+        pids = processes(lambda name: name.startswith(("systemd", "dbus-")))
+        for name, path in (("machine-id", "/etc/machine-id"), ("boot-id", BOOT_ID)):
+            digits = (read(path) or b"").decode().strip().replace("-", "")
+            if len(digits) == 32:
+                self.known[name] = KnownId(digits, pids)
+
+    @staticmethod
+    def sync():
+        os.sync()
+
+
+# --- what the host wants to know or to have done about a machine that runs --------------------------------------------
+
+
+def mount_users(targets):
+    """Who keeps these mounts from going: [{pid, comm, target, how, container}], one entry for a process and target.
+
+    A mount namespace of its own (a container) that has the file system at another place, or does not follow ours,
+    keeps it too; it is listed once, by its first process.
+    """
+    wanted = {os.stat(target).st_dev: target for target in targets if mounted_at(target)}
+    numbers = {f"{os.major(number)}:{os.minor(number)}": number for number in wanted}
+    ours, seen, users = os.stat("/proc/self/ns/mnt").st_ino, set(), []
+    for pid in sorted(map(int, filter(str.isdigit, os.listdir("/proc")))):
+        folder, held = f"/proc/{pid}", {}
+        try:
+            space = os.stat(f"{folder}/ns/mnt").st_ino
+            if not os.path.exists(f"{folder}/exe"):
+                continue  # a thread of the kernel
+            places = [*(f"{folder}/{name}" for name in ("cwd", "root", "exe")),
+                      *(f"{folder}/fd/{name}" for name in os.listdir(f"{folder}/fd"))]
+        except OSError:
+            continue  # it has ended meanwhile
+        for place in places:
+            number = device_of(place)
+            if number in wanted:
+                held.setdefault(number, "fd" if "/fd/" in place else place.rpartition("/")[2])
+        for line in (read(f"{folder}/maps") or b"").decode(errors="replace").splitlines():
+            major, _, minor = line.split(" ", 4)[3].partition(":")
+            number = os.makedev(int(major, 16), int(minor, 16))
+            if number in wanted:
+                held.setdefault(number, "map")
+        if space not in seen:
+            seen.add(space)
+            for line in (read(f"{folder}/mountinfo") or b"").decode(errors="replace").splitlines():
+                words = line.split(" ")
+                number = numbers.get(words[2])
+                at = unescape(words[4].encode()).decode(errors="replace")
+                # Ours, and copies of it that go when it goes (mount_namespaces(7): shared with it, or its slaves).
+                follows = at == wanted.get(number) and (space == ours or words[6].startswith(("master:", "shared:")))
+                if number in wanted and not follows:
+                    held.setdefault(number, f"mount {at}")
+        users += [{"pid": pid, "comm": (read(f"{folder}/comm") or b"").decode(errors="replace").strip(),
+                   "target": wanted[number], "how": how, "container": container_of(pid)}
+                  for number, how in held.items()]
+    return users
+
+
+def device_of(path):
+    try:
+        return os.stat(path).st_dev
+    except OSError:
+        return None
+
+
+def container_of(pid):
+    """The id in its control group's name, as docker, containerd and podman put it there; None without one."""
+    text = (read(f"/proc/{pid}/cgroup") or b"").decode(errors="replace")
+    for sign in "-/.:\n":
+        text = text.replace(sign, " ")
+    return next((word for word in text.split() if len(word) == 64 and not word.strip("0123456789abcdef")), None)
+
+
+def grow_disks():
+    """Root and data file system to their devices' size, behind everything else that wants the processor."""
+    os.setpriority(os.PRIO_PROCESS, _thread.get_native_id(), 19)
+    grown = ["/"] if grow_root() else []
+    device = find_disk("data")
+    if device is not None and mounted_at(DATA_FOLDER) and grow_ext4(device, DATA_FOLDER):
+        grown.append(DATA_FOLDER)
+    return {"grown": grown}
+
+
+def settle_hardware(cpus, memory):
+    """Switch on what was plugged in; returns what there is when all has come, or at the latest after PLUG_TIMEOUT."""
+    end = time.monotonic() + PLUG_TIMEOUT
+    blocks, processors = "/sys/devices/system/memory", "/sys/devices/system/cpu"
+    size = int(read(f"{blocks}/block_size_bytes") or b"0", 16)
+    while True:
+        switched = 0
+        for folder in [f"{blocks}/{name}" for name in os.listdir(blocks) if name[6:].isdigit()] if size else ():
+            if read(f"{folder}/state") == b"offline\n":
+                write_kernel(f"{folder}/state", "online")
+            switched += size
+        online = len(os.sched_getaffinity(0))
+        for name in os.listdir(processors):
+            if name[:3] == "cpu" and read(f"{processors}/{name}/online") == b"0\n" and online < cpus:
+                write_kernel(f"{processors}/{name}/online", "1")
+                online = len(os.sched_getaffinity(0))
+        total = int((read("/proc/meminfo") or b"MemTotal: 0").split(None, 2)[1]) << 10
+        complete = online >= cpus and (switched or total * 8 // 7) >= memory
+        if complete or time.monotonic() > end:
+            return {"cpus": online, "memory": total, "complete": complete}
+        time.sleep(0.01)
 
 
 # --- listening ports -------------------------------------------------------------------------------------------------
@@ -1212,7 +1662,10 @@ class Agent:
         self.outputs = select.epoll()  # pipes of commands; muted as one while the control port is full
         self.handlers = {}
         self.lines = bytearray()
+        self.arrived = 0
         self.session = None
+        self.digest = None
+        self.known = {}
         self.commands = {}
         self.uploads = {}
         self.env = {}
@@ -1332,6 +1785,8 @@ class Agent:
             self.control.out += to_json(message) + b"\n"
 
     def on_control(self, _events=0):
+        if not self.lines:
+            self.arrived = time.monotonic_ns()
         self.lines += self.control.read()
         while True:
             at = self.lines.find(b"\n")
@@ -1373,9 +1828,11 @@ class Agent:
             self.uploads.clear()
             self.control.out[:] = b"\n"
             self.session, self.listeners = message["nonce"], None
+        if self.digest is None:  # 50 ms under emulation; a fork has it from the machine it came from
+            self.digest = sha256(read(os.path.abspath(__file__)) or b"")
         return {"ok": True, "nonce": self.session, "version": VERSION, "pid": os.getpid(),
                 "boot_id": (read("/proc/sys/kernel/random/boot_id") or b"").decode().strip(),
-                "digest": sha256(read(os.path.abspath(__file__)) or b""), "seed": self.seed,
+                "digest": self.digest, "seed": self.seed,
                 "uptime": time.clock_gettime(time.CLOCK_BOOTTIME)}
 
     def op_exec(self, message):
@@ -1449,8 +1906,39 @@ class Agent:
         self.in_thread(message["id"], work)
 
     def op_apply(self, message):
-        raw = to_json(message["document"])
-        self.in_thread(message["id"], lambda: {"seed": self.personalise(raw)})
+        document, arrived = message["document"], self.arrived
+        self.in_thread(message["id"], lambda: {"seed": self.personalise(document, arrived=arrived)})
+
+    def op_freeze(self, message):
+        def work():
+            self.env = {} if message["stage"] != "running" else self.env
+            return Freezer(message["stage"], self.known).run()
+
+        if message["stage"] != "running":
+            self.seed = {"state": "pending"}
+        self.in_thread(message["id"], work)
+
+    def op_track(self, message):
+        """Learn where running programs keep the id that a file has; each fork gets another, see KnownId."""
+        def work():
+            digits = (read(message["file"]) or b"").decode().strip().replace("-", "")
+            self.known.pop(message["name"], None)
+            if len(digits) != 32 or digits.strip("0123456789abcdef"):
+                return {"found": 0}
+            pids = processes(lambda name: name == message["process"])
+            known = self.known[message["name"]] = KnownId(digits, pids, message["file"])
+            return {"found": known.count}
+
+        self.in_thread(message["id"], work)
+
+    def op_grow(self, message):
+        self.in_thread(message["id"], grow_disks)
+
+    def op_hardware(self, message):
+        self.in_thread(message["id"], lambda: settle_hardware(message["cpus"], message["memory"]))
+
+    def op_mount_users(self, message):
+        self.in_thread(message["id"], lambda: {"users": mount_users(message["targets"])})
 
     def op_listeners(self, message):
         self.listeners = Listeners(self.options["--root"])
@@ -1497,10 +1985,12 @@ class Agent:
     def user(self):
         return self.seed.get("user") or {}
 
-    def personalise(self, raw):
-        document = parse_json(raw)
+    def personalise(self, document, raw=None, arrived=0):
         with self.applying:
-            report = Personality(document, self.options["--root"]).apply(sha256(raw))
+            if "fork" in document:
+                report = Fork(document, self.known, arrived, self.options["--root"]).apply()
+            else:
+                report = Personality(document, self.options["--root"]).apply(sha256(raw or to_json(document)))
         self.env = document.get("env") or {}
         state = "failed" if report["errors"] else "applied"
         self.seed = {"state": state, **report, "user": document.get("user")}
@@ -1518,7 +2008,7 @@ class Agent:
             if raw is None:
                 self.seed = {"state": "absent"}
             else:
-                self.personalise(raw)
+                self.personalise(parse_json(raw), raw)
             Listeners(self.options["--root"]).remember_stale()
         except Exception as error:
             self.seed = {"state": "failed", "errors": [{"step": "seed", "message": f"{type(error).__name__}: {error}"}]}

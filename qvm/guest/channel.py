@@ -13,7 +13,7 @@ from typing import Any
 from qvm.errors import DeadlineError, GuestCommandError, GuestError
 from qvm.execresult import ExecResult
 from qvm.guest.guestprocess import GuestProcess, TtySize
-from qvm.guest.protocol import Hello, SeedState
+from qvm.guest.protocol import Hardware, Hello, MountUser, SeedState
 from qvm.guest.wire import AgentWire, Event
 
 _INLINE_INPUT = 64 << 10
@@ -32,6 +32,7 @@ class AgentChannel(AgentWire):
         super().__init__(on_event)
         self.listeners: tuple[tuple[str, int], ...] = ()
         """Address and port of what listens in the guest, after `watch_listeners`."""
+        self._stale_ids: tuple[str, ...] = ()
         self._seed = SeedState("pending")
         self._seed_done = asyncio.Event()
         self._watching = False
@@ -130,9 +131,56 @@ class AgentChannel(AgentWire):
         return bool(answer["changed"])
 
     async def personalise(self, document: Mapping[str, Any], *, timeout: float = 60.0) -> SeedState:
-        """Apply a seed document now (`qvm.seed.render.seed_document`): what makes a fork an instance of its own."""
-        answer = await self.request("apply", document=dict(document), timeout=timeout)
-        return SeedState.from_message(answer["seed"])
+        """Apply a seed document now; one with a `fork` section (`qvm.seed.render.fork_document`) makes a restored
+        machine an instance of its own, with the host's clock of this moment.
+        """
+        wanted = dict(document)
+        if "fork" in wanted:
+            wanted["fork"] = {**wanted["fork"], "clock_ns": time.time_ns()}
+        state = SeedState.from_message((await self.request("apply", document=wanted, timeout=timeout))["seed"])
+        self._note_seed(state)
+        self._stale_ids = state.stale
+        return state
+
+    @property
+    def stale_ids(self) -> tuple[str, ...]:
+        """Tracked ids that the last `personalise` could not replace in their programs' memory."""
+        return self._stale_ids
+
+    async def freeze(self, stage: str, *, timeout: float = 60.0) -> dict[str, float]:
+        """Make the guest ready to be frozen, its disks written; the host pauses it next. Seconds by step.
+
+        "runtime" and "base" (the data disk's driver let go) are of a machine that belongs to nobody; from one that is
+        "running" for somebody, and is about to be copied, nothing is taken. GuestError where a step fails.
+        """
+        answer = await self.request("freeze", stage=stage, timeout=timeout)
+        self._note_seed(self._seed if stage == "running" else SeedState("pending"))
+        return {str(name): float(value) for name, value in answer["timings"].items()}
+
+    async def track_id(self, name: str, *, file: str | PurePosixPath, process: str, timeout: float = 60.0) -> int:
+        """Have the agent find where the processes called `process` keep the id (128 bits) that `file` holds.
+
+        From then on each fork gets another one in both, with the rest of its identity. Returns the number of places;
+        0 where the file holds none. To be asked again before each freeze.
+        """
+        answer = await self.request("track", name=name, file=str(file), process=process, timeout=timeout)
+        return int(answer["found"])
+
+    async def grow(self, *, timeout: float = 600.0) -> tuple[str, ...]:
+        """Grow root and data file systems to their disks' size, at low priority; returns the mount points that grew."""
+        return tuple((await self.request("grow", timeout=timeout))["grown"])
+
+    async def settle_hardware(self, cpus: int, memory_bytes: int, *, timeout: float = 30.0) -> Hardware:
+        """Switch on CPUs and memory that were plugged in, waiting up to 10 s for them to come."""
+        answer = await self.request("hardware", cpus=cpus, memory=memory_bytes, timeout=timeout)
+        return Hardware(int(answer["cpus"]), int(answer["memory"]), bool(answer["complete"]))
+
+    async def find_mount_users(
+        self, targets: Sequence[str | PurePosixPath], *, timeout: float = 60.0
+    ) -> tuple[MountUser, ...]:
+        """Who keeps these mounts from being unmounted, containers included; empty when nobody does."""
+        answer = await self.request("mount_users", targets=[str(target) for target in targets], timeout=timeout)
+        return tuple(MountUser.from_message(user) for user in answer["users"])
 
     async def wait_for_seed(self) -> SeedState:
         """Waits until the agent is through with the seed (user, keys, disks, mounts), well or not.

@@ -28,11 +28,20 @@ Host to guest, `{"id": N, "op": ...}`; the guest answers `{"id": N, "ok": true, 
     set_clock   time (ns since the epoch)       -> off (ns), changed; nothing is done below 50 ms
     mount       tag, target, writable, cache, user {uid, gid, home} -> changed
     umount      target, lazy                    -> changed
-    apply       document (as in the seed)       -> seed
+    apply       document (as in the seed)       -> seed; with a section `fork` (below) stale [names] in it
+    freeze      stage (runtime, base, running)  -> timings; the machine is ready to be frozen, its disks are written
+    track       name, file, process             -> found: places in memory of an id that each fork shall have anew
+    grow                                        -> grown [mount points]
+    hardware    cpus, memory (bytes)            -> cpus, memory, complete; waits for what was plugged in
+    mount_users targets                         -> users [{pid, comm, target, how, container}]
     listeners                                   -> tcp, as in the event, which is sent from now on
     streams     marker (base64)                 the stream port starts anew where these bytes come by
     shutdown    reboot
     update      data, more                      -> changed; then the new agent's `started` event, and a new hello is due
+
+A document's `fork` section makes a machine that was frozen another one: clock_ns (the host's time at sending), entropy
+(base64), machine_id (32 hexadecimal digits), boot_id and uuid (UUIDs to be shown), mac, data_disk ("bind": look at it
+anew). Entropy and clock come first, the rest of the document with them.
 
 Events, guest to host, without an id:
 
@@ -90,6 +99,8 @@ class SeedState:
     seconds: float = 0.0
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds by step."""
+    stale: tuple[str, ...] = ()
+    """Tracked ids (`AgentChannel.track_id`) that a running program still has as they were before the fork."""
 
     @property
     def done(self) -> bool:
@@ -98,7 +109,36 @@ class SeedState:
     @classmethod
     def from_message(cls, data: dict[str, Any]) -> SeedState:
         errors = tuple(f"{item['step']}: {item['message']}" for item in data.get("errors") or ())
-        return cls(str(data["state"]), errors, float(data.get("seconds") or 0.0), dict(data.get("timings") or {}))
+        return cls(str(data["state"]), errors, float(data.get("seconds") or 0.0), dict(data.get("timings") or {}),
+                   tuple(data.get("stale") or ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What the guest has switched on."""
+
+    cpus: int
+    memory: int
+    """Bytes, without what the kernel keeps for itself (MemTotal)."""
+    complete: bool
+    """Whether all that was expected has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountUser:
+    """A process in the guest that holds a mount."""
+
+    pid: int
+    comm: str
+    target: str
+    how: str
+    """cwd, root, exe, fd, map, or "mount PATH" for one of its own elsewhere (a container's volume)."""
+    container: str | None
+    """Id of the container it runs in."""
+
+    @classmethod
+    def from_message(cls, data: dict[str, Any]) -> MountUser:
+        return cls(int(data["pid"]), str(data["comm"]), str(data["target"]), str(data["how"]), data.get("container"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,10 @@ through `Guest`; host work (contexts, configuration files) happens in `activate`
 
 Order of calls at a start: `provision` (every start, idempotent), `start`, then `ready` until it returns True, then,
 once the host sockets answer, `activate`. At a stop: `deactivate`, `stop`. At a delete: `teardown`.
+
+A runtime that runs may be frozen with its machine, and go on in any number of others: `before_freeze` once it is ready,
+in a machine that belongs to nobody, with a blank data disk; `after_fork` instead of `provision`, `start` and `ready`
+in each fork, which has its user, its host name and everything else by then.
 """
 
 from __future__ import annotations
@@ -35,6 +39,15 @@ class Guest(Protocol):
 
     async def write_file(self, path: PurePosixPath, data: bytes, *, mode: int = 0o644) -> bool:
         """Write a file atomically, parents made; True where the content or mode differed from before."""
+
+    async def track_id(self, name: str, *, file: PurePosixPath, process: str) -> int:
+        """For `before_freeze`: each fork shall have another id (of 128 bits) than the one in `file`, there and in the
+        memory of the processes called `process`. Returns in how many places of that it is found; 0 without the file.
+        """
+
+    @property
+    def stale_ids(self) -> tuple[str, ...]:
+        """For `after_fork`: the names of tracked ids that a running program still has as they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +118,17 @@ class Runtime(ABC):
         """One line, e.g. "docker 26.1.5"."""
 
     async def before_freeze(self, guest: Guest, context: RuntimeContext) -> None:
-        """The runtime is up, on a blank data disk, in a machine that belongs to nobody and is about to be frozen: undo
-        or note down what its forks must not share."""
+        """The runtime answers and is about to be frozen: have the guest track the ids that no two forks may share, and
+        remove what is made anew when it is missed. Also called before a machine in use is copied, so it must
+        disturb nothing.
+        """
         return
 
     async def after_fork(self, guest: Guest, context: RuntimeContext) -> list[str]:
-        """The same runtime, still running, in a new machine: give it identities of its own, quickly. Returns notes."""
+        """The runtime goes on in another machine: make sure it has an identity of its own. Quick: a user waits.
+
+        Returns notes for the user, one line each.
+        """
         return []
 
     async def teardown(self, guest: Guest, context: RuntimeContext) -> None:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import secrets
+import time
 from base64 import b64encode
 from dataclasses import dataclass
 from string import Template
-from typing import Any
+from typing import Any, Literal
+from uuid import uuid4
 
 from qvm import paths
 from qvm.errors import ConfigError
 from qvm.seed.data import SeedData, validate_seed
 
 DOCUMENT_VERSION = 1
+_ENTROPY = 64
+"""Bytes; the kernel's generator is keyed with 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ def seed_document(data: SeedData) -> dict[str, Any]:
         "env": dict(data.env),
         "dns": list(data.dns),
         "data_folders": list(data.data_folders),
+        "data_disk": data.data_disk,
         "mounts": [
             {"tag": f"qvm{number}", "target": str(mount.target), "writable": mount.writable}
             # Outer folders first, so that none hides one mounted inside it.
@@ -68,6 +74,31 @@ def seed_document(data: SeedData) -> dict[str, Any]:
     if data.machine_id:
         document["machine_id"] = data.machine_id
     return document
+
+
+def fork_document(
+    data: SeedData, *, data_disk: Literal["bind"] | None = None, uuid: str | None = None, mac: str | None = None
+) -> dict[str, Any]:
+    """What a fork of a frozen machine applies first (`AgentChannel.personalise`): the seed's document, and a section
+    `fork` with what no two machines may share. Each call makes another identity, but for what `data` names.
+
+    `data_disk` "bind": the machine was frozen with the driver taken off its data disk (freeze stage "base").
+    `uuid`: the instance's, shown as the machine's product UUID; `mac` else `data.mac`.
+    ConfigError with every problem where the data would break the guest.
+    """
+    problems = validate_seed(data)
+    if problems:
+        raise ConfigError(problems)
+    section = {
+        "clock_ns": time.time_ns(),  # put right at the moment of sending
+        "entropy": b64encode(secrets.token_bytes(_ENTROPY)).decode(),
+        "machine_id": data.machine_id or uuid4().hex,
+        "boot_id": str(uuid4()),
+        "uuid": uuid or str(uuid4()),
+        "mac": (mac or data.mac).lower(),
+        "data_disk": data_disk,
+    }
+    return {**seed_document(data), "fork": section}
 
 
 def render_seed(data: SeedData, *, templates: Templates | None = None) -> dict[str, bytes]:

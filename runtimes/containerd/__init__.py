@@ -51,6 +51,13 @@ done
 """
 
 
+# A BuildKit that runs has its id in memory already, and so keeps it: then it is a machine in use that is being copied.
+_FORGET_IDS = """
+rm -f /var/lib/containerd/io.containerd.grpc.v1.introspection/uuid
+[ -S /run/buildkit/buildkitd.sock ] && [ -n "$(pidof buildkitd)" ] || rm -f /var/lib/buildkit/*/workerid
+"""
+
+
 class Containerd(Runtime):
     name = "containerd"
     summary = "containerd with nerdctl and BuildKit in the VM (`qvm nerdctl`)"
@@ -123,6 +130,10 @@ class Containerd(Runtime):
         await guest.exec(["sh", "-c", _STOP_CONTAINERS], check=False)
         await stop_services(guest, ["buildkit.socket", "buildkit.service", "containerd"],
                             openrc=["buildkitd", "containerd"])
+
+    async def before_freeze(self, guest: Guest, context: RuntimeContext) -> None:
+        """containerd makes its id anew when it is asked for it, and BuildKit its own at its first start."""
+        await guest.exec(["sh", "-c", _FORGET_IDS])
 
     async def version(self, guest: Guest, context: RuntimeContext) -> str:
         return "containerd " + await find_version(guest, "containerd")

@@ -23,6 +23,10 @@ DAEMON_JSON = PurePosixPath("/etc/docker/daemon.json")
 CONTAINERD_TOML = PurePosixPath("/etc/containerd/config.toml")
 # dockerd uses no Kubernetes interface, which costs a part of containerd's start and listens on a port.
 CONTAINERD_CONFIG = b'version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
+ENGINE_ID = "docker-engine"
+ENGINE_ID_FILE = PurePosixPath("/var/lib/docker/engine-id")
+# Made anew by whoever asks for it next.
+CONTAINERD_ID_FILE = PurePosixPath("/var/lib/containerd/io.containerd.grpc.v1.introspection/uuid")
 SERVICES = ("containerd", "docker")
 PACKAGES = {"apt": "docker.io", "apk": "docker", "dnf": "moby-engine"}
 # docker-proxy listens where a container publishes a port, which is how the host learns of it.
@@ -70,6 +74,18 @@ class Docker(Runtime):
 
     async def stop(self, guest: Guest, context: RuntimeContext) -> None:
         await stop_services(guest, ["docker.socket", "docker", "containerd"])
+
+    async def before_freeze(self, guest: Guest, context: RuntimeContext) -> None:
+        """dockerd reads its engine id once, and keeps it; BuildKit inside it goes by the same one."""
+        await guest.track_id(ENGINE_ID, file=ENGINE_ID_FILE, process="dockerd")
+        await guest.exec(["rm", "-f", str(CONTAINERD_ID_FILE)])
+
+    async def after_fork(self, guest: Guest, context: RuntimeContext) -> list[str]:
+        if ENGINE_ID not in guest.stale_ids:
+            return []
+        await restart_services(guest, ["docker"])
+        await wait_for_services(guest, SERVICES, sockets=["/run/docker.sock"], patience=self.start_timeout)
+        return ["docker's engine id could not be replaced in its memory: dockerd was started anew"]
 
     async def version(self, guest: Guest, context: RuntimeContext) -> str:
         return "docker " + await find_version(guest, "dockerd")

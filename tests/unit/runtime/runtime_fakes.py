@@ -18,6 +18,9 @@ class FakeGuest:
     commands: list[list[str]] = field(default_factory=list)
     envs: list[dict[str, str]] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
+    tracked: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Name -> file and process."""
+    stale_ids: tuple[str, ...] = ()
 
     async def exec(
         self,
@@ -42,6 +45,10 @@ class FakeGuest:
         changed = self.files.get(str(path)) != data
         self.files[str(path)] = data
         return changed
+
+    async def track_id(self, name: str, *, file: PurePosixPath, process: str) -> int:
+        self.tracked[name] = (str(file), process)
+        return 1
 
     def scripts(self) -> str:
         """Everything that was run, for looking into."""
