@@ -18,6 +18,7 @@ VERBS = {
     "stop": Verb("qvm.cli.life", "stop", "Stop a VM."),
     "restart": Verb("qvm.cli.life", "restart", "Stop and start a VM, applying changed settings."),
     "delete": Verb("qvm.cli.life", "delete", "Delete a VM; its data disk stays unless --data."),
+    "run": Verb("qvm.cli.run", "run", "Run one command in a throw-away VM; nothing is left."),
     "status": Verb("qvm.cli.show", "status", "Show the state of one VM."),
     "list": Verb("qvm.cli.show", "list_instances", "List all VMs.", ("ls",)),
     "ssh": Verb("qvm.cli.guest", "ssh", "Open a shell or run a command in a VM.", ("exec", "x")),

@@ -54,8 +54,9 @@ def resolve_config(
     stored: Mapping[str, Any] | None = None,
     cwd: Path,
     environ: Mapping[str, str] | None = None,
+    profile_file: bool = True,
 ) -> Resolved:
-    """The settings of the next start of `profile`.
+    """The settings of the next start of `profile`; one that is made for a moment has no `profile_file`.
 
     `flags` maps file keys (or Config fields) to raw values as typed or as a program gives them; None counts as not
     given. `stored` is the existing instance's Config, as its record keeps it (Config fields). `environ` is
@@ -70,7 +71,7 @@ def resolve_config(
         FLAG: _flag_layer(flags, context, problems),
         STORED: _stored_layer(stored),
         ENVIRONMENT: _environment_layer(context, problems),
-        FILE: _file_layer(FILE, Files(profile).config, context, problems),
+        FILE: _file_layer(FILE, Files(profile).config if profile_file else None, context, problems),
         TEMPLATE: _file_layer(TEMPLATE, template_file(), context, problems),
     }
     values: dict[str, Any] = {}
@@ -180,8 +181,8 @@ def _environment_layer(context: Context, problems: list[str]) -> _Layer:
     return _Layer(ENVIRONMENT, _parse(raw, where, context, problems), where)
 
 
-def _file_layer(origin: str, path: Path, context: Context, problems: list[str]) -> _Layer:
-    loaded, wrong = load_settings_file(path, BY_KEY)
+def _file_layer(origin: str, path: Path | None, context: Context, problems: list[str]) -> _Layer:
+    loaded, wrong = load_settings_file(path, BY_KEY) if path is not None else (None, [])
     problems += wrong
     raw: Mapping[str, Tree] = loaded.values if loaded is not None else {}
 

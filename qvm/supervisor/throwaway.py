@@ -1,0 +1,345 @@
+"""The machine of one `qvm run`: in this process, for one command, leaving nothing.
+
+There is no record, no supervisor and no port. QEMU dies with the thread that started it, however that ends, and its
+folder is removed as soon as QEMU has everything in it open. The modules that a conversation with the guest needs are
+loaded while QEMU starts, which takes as long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvm.errors import GuestError, QemuError, QvmError
+from qvm.image.qcow2 import write_overlay
+from qvm.process import DyingProcess, spawn_dying
+from qvm.supervisor.runfolder import RunFolder, make_run_folder, sweep_runs
+
+if TYPE_CHECKING:
+    from qvm.guest.channel import AgentChannel
+    from qvm.guest.guestprocess import GuestProcess, TtySize
+    from qvm.qemu.monitor import Monitor
+    from qvm.runtime.base import Runtime, RuntimeContext
+    from qvm.seed.data import SeedData
+    from qvm.warm.store import WarmImage
+
+FOLDER = "/_QVM_RUN_FOLDER_"
+"""Stands in a plan for the folder of the run."""
+QEMU_TIMEOUT = 30.0
+"""Seconds until QEMU's monitor answers. It takes 0.1; a loaded host may swap."""
+FORK_HELLO_TIMEOUT = 30.0
+BOOT_TIMEOUT = 240.0
+SETUP_TIMEOUT = 120.0
+# As for any machine of ours: sockets and files of QEMU are 0600.
+_UMASK = 0o177
+
+
+class RestoreFailedError(QvmError):
+    """The warm image did not come to life; a cold start may."""
+
+    code = "restore-failed"
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """A machine completely decided, in plain JSON values: the next run of the same kind finds it ready."""
+
+    argv: tuple[str, ...]
+    """QEMU's command line; `FOLDER` stands for the run's folder."""
+    features: dict[str, Any]
+    """QemuFeatures.to_dict()."""
+    warm: str | None
+    """The warm image's folder; None: boot."""
+    root: str
+    """What the root disk is an overlay on."""
+    root_format: str
+    root_size: int
+    """Bytes, as all sizes here."""
+    data: str | None
+    """What the data disk is an overlay on; None: an empty one."""
+    data_size: int
+    cpus: int
+    memory: int
+    plug: int
+    """Memory to be plugged in after the fork."""
+    runtime: str
+    user: dict[str, Any]
+    """GuestUser.to_dict()."""
+    hostname: str
+    mounts: tuple[dict[str, Any], ...]
+    """Mount.to_dict()."""
+    dns: tuple[str, ...]
+    data_folders: tuple[str, ...]
+    cwd: str
+    """Where commands run in the guest."""
+    grow: bool = False
+    """The data disk is larger than the file system on it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunPlan:
+        """Raises TypeError where `data` is not what `to_dict` makes."""
+        listed = ("argv", "mounts", "dns", "data_folders")
+        values: dict[str, Any] = {name: tuple(value) if name in listed else value for name, value in data.items()}
+        return cls(**values)
+
+
+class Machine:
+    """A started machine; `launch` makes it and ends it."""
+
+    def __init__(
+        self, plan: RunPlan, warm: WarmImage | None, folder: RunFolder, qemu: DyingProcess, log: int, began: float
+    ) -> None:
+        self.plan = plan
+        self.timings: dict[str, float] = {}
+        """Seconds: spawn, restore (or boot), agent, personalise, mounts (part of it, told by the guest), runtime."""
+        self.pid = qemu.child.pid
+        self._warm = warm
+        self._folder = folder
+        self._qemu = qemu
+        self._log = log
+        self._last = began
+        self._channel: AgentChannel | None = None
+        self._monitor: Monitor | None = None
+
+    @property
+    def channel(self) -> AgentChannel:
+        assert self._channel is not None, "brought up before"
+        return self._channel
+
+    def done(self, name: str) -> None:
+        """Note that `name` took the time since the last note."""
+        now = time.monotonic()
+        self.timings[name] = now - self._last
+        self._last = now
+
+    async def bring_up(self, env: Mapping[str, str]) -> None:
+        """Until commands can run in it, with `env` for each of them.
+
+        Raises RestoreFailedError where the warm image is to blame, else what went wrong; nothing of the user has run.
+        """
+        from qvm.guest.channel import AgentChannel
+        from qvm.qemu.features import QemuFeatures
+
+        self._channel = AgentChannel()
+        monitor = await self._connect_monitor()
+        self.done("spawn")
+        if self._warm is None:
+            await self._unless_qemu_ends(self._boot())
+        else:
+            try:
+                await self._unless_qemu_ends(self._fork(self._warm, QemuFeatures.from_dict(self.plan.features), env))
+            except QvmError as error:
+                raise RestoreFailedError(f"the warm image could not be used ({error.message})", hint=error.hint,
+                                         details=error.details) from error
+        await self._settle(monitor)
+        self._folder.vanish()
+
+    async def _connect_monitor(self) -> Monitor:
+        import asyncio
+
+        from qvm.qemu.monitor import Monitor
+        from qvm.wait import Deadline, backoff
+
+        deadline = Deadline(QEMU_TIMEOUT, "QEMU's start")
+        for pause in backoff(first=0.002, most=0.02):
+            if self._folder.monitor_socket.exists():
+                try:
+                    self._monitor = await Monitor.connect(self._folder.monitor_socket, timeout=deadline.left)
+                    return self._monitor
+                except QemuError:  # bound and not listening yet, or QEMU has ended: the next look tells
+                    if deadline.passed:
+                        raise
+            if self._qemu.child.poll() is not None:
+                raise self._ended_early()
+            deadline.check()
+            await asyncio.sleep(pause)
+        raise AssertionError("unreachable")
+
+    async def _fork(self, warm: WarmImage, features: Any, env: Mapping[str, str]) -> None:
+        import asyncio
+
+        from qvm.seed.render import fork_document
+        from qvm.warm.fork import restore_fork
+
+        assert self._monitor is not None
+        await restore_fork(self._monitor, warm, features)
+        self.done("restore")
+        await self.channel.connect(self._folder.agent_socket)
+        greeting = asyncio.ensure_future(self.channel.hello(timeout=FORK_HELLO_TIMEOUT))
+        try:
+            await self._monitor.resume()
+            await greeting
+        finally:
+            greeting.cancel()
+        self.done("agent")
+        document = fork_document(seed_data(self.plan, env))
+        identity, _ = await asyncio.gather(
+            self.channel.personalise(document, timeout=SETUP_TIMEOUT), self._plug_memory(self._monitor)
+        )
+        if identity.state != "applied":
+            raise GuestError("the guest could not be set up", details="\n".join(identity.errors))
+        self.done("personalise")
+        self.timings["mounts"] = identity.timings.get("mounts", 0.0)
+        if self.plan.runtime != "none":
+            runtime, context = self._runtime()
+            await runtime.after_fork(self.channel, context)
+            self.done("runtime")
+
+    async def _plug_memory(self, monitor: Monitor) -> None:
+        if self.plan.plug:
+            from qvm.supervisor.forking import plug_memory
+
+            await plug_memory(monitor, "dimm0", self.plan.plug)
+
+    async def _boot(self) -> None:
+        await self.channel.connect(self._folder.agent_socket)
+        await self.channel.hello(timeout=BOOT_TIMEOUT)
+        self.done("boot")
+        seed = await self.channel.wait_for_seed()
+        if seed.state != "applied":
+            raise GuestError("the guest could not be set up", details="\n".join(seed.errors))
+        self.done("personalise")
+        self.timings["mounts"] = seed.timings.get("mounts", 0.0)
+        if self.plan.runtime != "none":
+            from qvm.supervisor.ready import start_runtime
+
+            runtime, context = self._runtime()
+            await start_runtime(runtime, self.channel, context)
+            self.done("runtime")
+
+    async def _settle(self, monitor: Monitor) -> None:
+        """What only some machines need before a command runs: more memory, a larger data disk."""
+        if self.plan.plug:
+            await self.channel.settle_hardware(self.plan.cpus, self.plan.memory)
+        if self.plan.grow:
+            await monitor.execute("block_resize", {"node-name": "disk-data", "size": self.plan.data_size})
+            await self.channel.grow()
+        if self.plan.plug or self.plan.grow:
+            self.done("hardware")
+
+    def _runtime(self) -> tuple[Runtime, RuntimeContext]:
+        from qvm.runtime.base import RuntimeContext
+        from qvm.runtime.registry import load_runtime
+
+        folder = self._folder.path
+        return load_runtime(self.plan.runtime), RuntimeContext("run", folder, folder, str(self.plan.user["name"]))
+
+    async def _unless_qemu_ends(self, work: Any) -> None:
+        """Await `work`, but not past QEMU's end."""
+        import asyncio
+
+        assert self._monitor is not None
+        working = asyncio.ensure_future(work)
+        ended = asyncio.ensure_future(self._monitor.wait_closed())
+        try:
+            await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise self._ended_early()
+            await working
+        finally:
+            for task in (working, ended):
+                task.cancel()
+            await asyncio.gather(working, ended, return_exceptions=True)
+
+    def start(self, argv: Sequence[str], *, stdin: bool, tty: TtySize | None = None, input: bytes | None = None,
+              cwd: str | None = None) -> GuestProcess:
+        """Begin a command as the guest's user, in the plan's folder unless `cwd` says otherwise."""
+        return self.channel.start_process(
+            argv, stdin=stdin, tty=tty, input=input, cwd=cwd or self.plan.cwd, user=str(self.plan.user["name"])
+        )
+
+    def explain(self, error: GuestError) -> QvmError:
+        """What a broken channel means: QEMU's own words where it has ended."""
+        try:
+            self._qemu.child.wait(0.5)
+        except Exception:  # subprocess.TimeoutExpired: it lives, and the guest's agent is to blame
+            return error
+        return self._ended_early()
+
+    def _ended_early(self) -> QemuError:
+        size = os.fstat(self._log).st_size
+        words = os.pread(self._log, 4096, max(0, size - 4096)).decode(errors="replace").strip()
+        code = self._qemu.child.poll()
+        how = "at once" if code is None else f"with signal {-code}" if code < 0 else f"with exit code {code}"
+        return QemuError(f"QEMU ended {how}", details="\n".join(words.splitlines()[-15:]) or None)
+
+
+def seed_data(plan: RunPlan, env: Mapping[str, str]) -> SeedData:
+    """What the guest is to become. No SSH keys: nothing can reach its sshd."""
+    import secrets
+    import uuid
+
+    from qvm.config.model import Mount
+    from qvm.seed.data import SeedData
+
+    user = plan.user
+    return SeedData(
+        instance_id=str(uuid.uuid4()), hostname=plan.hostname, user=str(user["name"]), uid=int(user["uid"]),
+        gid=int(user["gid"]), home=str(user["home"]), shell="/bin/bash", authorized_keys=(), host_key="",
+        host_key_public="", mounts=tuple(Mount.from_dict(mount) for mount in plan.mounts), env=dict(env),
+        dns=plan.dns, data_folders=plan.data_folders, machine_id=secrets.token_hex(16),
+    )
+
+
+@contextmanager
+def launch(plan: RunPlan, env: Mapping[str, str]) -> Iterator[Machine]:
+    """Start the machine of `plan`; when the block ends, nothing of it is left.
+
+    Must be called from a thread that lives as long as the machine. Raises HostError where the warm image is gone.
+    """
+    began = time.monotonic()
+    with ExitStack() as stack:
+        warm = _take_warm(plan, stack)
+        folder = make_run_folder()
+        stack.callback(folder.close)
+        _write_disks(plan, folder.path)
+        if warm is None:
+            _write_seed(plan, env, folder.path / "seed.iso")
+        log = os.open(folder.path / "qemu.log", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, log)
+        # A comma in an option's value is written twice (qemu(1)).
+        place = str(folder.path).replace(",", ",,")
+        qemu = spawn_dying([word.replace(FOLDER, place) for word in plan.argv], log=log, umask=_UMASK)
+        stack.callback(qemu.kill)
+        sweep_runs()
+        yield Machine(plan, warm, folder, qemu, log, began)
+
+
+def _take_warm(plan: RunPlan, stack: ExitStack) -> WarmImage | None:
+    """The plan's warm image, kept from being pruned until the stack unwinds."""
+    if plan.warm is None:
+        return None
+    from qvm.errors import HostError
+    from qvm.warm.store import load_warm, using
+
+    warm = load_warm(Path(plan.warm))
+    if warm is None:
+        raise HostError("the warm image has gone or is damaged")
+    stack.enter_context(using(warm))
+    return warm
+
+
+def _write_disks(plan: RunPlan, folder: Path) -> None:
+    write_overlay(folder / "root.qcow2", backing=Path(plan.root), backing_format=plan.root_format, size=plan.root_size)
+    if plan.data is not None:
+        write_overlay(folder / "data.qcow2", backing=Path(plan.data), backing_format="qcow2", size=plan.data_size)
+        return
+    from qvm.image.disk import create_data_disk
+
+    create_data_disk(folder / "data.qcow2", plan.data_size)
+
+
+def _write_seed(plan: RunPlan, env: Mapping[str, str], path: Path) -> None:
+    from qvm.seed.iso import write_iso
+    from qvm.seed.render import render_seed
+
+    write_iso(render_seed(seed_data(plan, env)), path)
