@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,21 @@ def start(invocation: Invocation, /, *, foreground: bool, cold: bool, **options:
     from qvm.commands.start import start as do_start
 
     flags = take_flags(options)
-    with invocation.progress() as progress:
-        result = do_start(
-            invocation.profile, flags, cwd=working_directory(), cold=cold, foreground=foreground, progress=progress
-        )
-    emit(invocation, result, render.render_start, essential=False)
+    with _signals_heeded() if foreground else nullcontext():
+        with invocation.progress() as progress:
+            result = do_start(invocation.profile, flags, cwd=working_directory(), cold=cold, progress=progress)
+        emit(invocation, result, render.render_start, essential=False)
+        if foreground:
+            from qvm.commands.foreground import stay
+
+            with invocation.progress() as progress:
+                stay(invocation.profile, progress=progress)
+
+
+def _signals_heeded() -> AbstractContextManager[None]:
+    from qvm.commands.foreground import heed_signals
+
+    return heed_signals()
 
 
 @click.command(epilog="Example: qvm stop dev")

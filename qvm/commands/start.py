@@ -28,24 +28,17 @@ def start(
     *,
     cwd: Path,
     cold: bool = False,
-    foreground: bool = False,
     progress: Progress,
 ) -> StartResult:
     """Create or start the instance `profile` and wait until every requirement holds.
 
     `flags` maps Config field names to values the user gave. A running instance is left as it is; differences from
     what was asked are named in the notes. `cold` boots a new instance instead of forking a warm image.
-    With `foreground` the call lasts until the instance stops or the caller is interrupted, which stops it.
     """
     check_name(profile)
     began = time.monotonic()
     with lock_instance(profile, on_wait=progress.note):
-        result = start_locked(profile, flags, cwd=cwd, cold=cold, progress=progress, began=began)
-    if foreground:
-        from qvm.commands.foreground import stay
-
-        stay(profile, progress=progress)
-    return result
+        return start_locked(profile, flags, cwd=cwd, cold=cold, progress=progress, began=began)
 
 
 def start_locked(

@@ -231,7 +231,7 @@ def test_start(fakes: Fakes, capsys: Capture, tmp_path: Path) -> None:
     argv = ["start", "dev", "-c", "4", "--mount", "a:/b", "--mount", "c", "--no-activate", "--cold", "--env", "A=b"]
     assert run(argv) == 0
     flags = {"cpus": "4", "mounts": ("a:/b", "c"), "activate": False, "env": ("A=b",)}
-    assert fakes.calls == [("start", ("dev", flags), {"cwd": tmp_path, "cold": True, "foreground": False})]
+    assert fakes.calls == [("start", ("dev", flags), {"cwd": tmp_path, "cold": True})]
     assert capsys.readouterr().out.startswith("dev is running after 1.5 s\n")
 
 
