@@ -23,7 +23,7 @@ from pathlib import Path
 from qvm import paths
 from qvm.errors import HostError, ImageError
 from qvm.filenames import Files
-from qvm.image.disk import qemu_img
+from qvm.image.qcow2 import write_overlay
 
 # qcow2's header (QEMU, docs/interop/qcow2.txt): magic, version, offset and length of the backing file's name,
 # cluster bits, virtual size; big-endian.
@@ -128,12 +128,11 @@ def add_layer(disk: LayeredDisk, below: Path) -> Path:
     partial = layer.with_name(layer.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
-        # Unsafe (-u) only means that qemu-img does not open the layer below: a running machine may hold it.
-        qemu_img("create", "-q", "-u", "-f", "qcow2", "-o", "lazy_refcounts=on", "-b", below.name, "-F", "qcow2",
-                 partial, str(read_header(below).size))  # fmt: skip
-        partial.chmod(0o600)
+        write_overlay(partial, backing=Path(below.name), backing_format="qcow2", size=read_header(below).size)
         paths.sync(partial)
         partial.rename(layer)
+    except OSError as error:
+        raise HostError(f"cannot make {layer}: {error.strerror}", hint="free some space") from error
     finally:
         partial.unlink(missing_ok=True)
     paths.sync(disk.folder)

@@ -266,14 +266,14 @@ def comforts(features: QemuFeatures) -> list[str]:
 
 
 def incoming(spec: InstanceSpec) -> list[str]:
-    """Wait for a device state that has no header of a migration (see state.py); run when told to.
+    """Every machine writes and reads states without the header of a migration (see state.py), so that any can go on
+    from another's. One that is to do so waits for it, and runs when told to.
 
     Such a state leaves the firmware out, which only a machine that resets would miss: a reset ends QEMU, and whoever
     started it starts the machine anew, cold.
     """
-    if not spec.incoming:
-        return []
-    return ["-S", "-no-reboot", "-incoming", "defer", "-global", "migration.send-configuration=off"]
+    wait = ["-S", "-no-reboot", "-incoming", "defer"] if spec.incoming else []
+    return [*wait, "-global", "migration.send-configuration=off"]
 
 
 def mounts(spec: InstanceSpec, features: QemuFeatures) -> list[str]:

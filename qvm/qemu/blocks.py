@@ -1,0 +1,117 @@
+"""The disks of a running machine: a new layer on top, a layer in between taken out. See `qvm.image.layers`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvm.errors import QemuError
+from qvm.qemu.features import QemuFeatures
+from qvm.qemu.monitor import Event, Monitor
+
+
+@dataclass(frozen=True, slots=True)
+class NewLayer:
+    disk: str
+    """The disk's id: "root", "data"."""
+    path: Path
+    """An empty overlay on what the machine writes to now."""
+
+
+async def active_node(monitor: Monitor, disk: str) -> dict[str, Any]:
+    """QAPI's BlockDeviceInfo of what a disk writes to."""
+    for entry in await monitor.execute("query-block"):
+        if f"/drive-{disk}/" in f"{entry.get('qdev', '')}/" and "inserted" in entry:
+            return dict(entry["inserted"])
+    raise QemuError(f"the machine has no disk {disk!r}")
+
+
+async def put_on_top(monitor: Monitor, layers: Sequence[NewLayer], features: QemuFeatures) -> None:
+    """Have the machine, which is paused, write to new layers from now on: to all of them, or to none (QemuError).
+
+    What is below is closed for writing, so that others can open it.
+    """
+    below: dict[str, dict[str, Any]] = {}
+    added: list[str] = []
+    try:
+        for layer in layers:
+            below[layer.disk] = await active_node(monitor, layer.disk)
+            await monitor.blockdev_add(_options(layer, features))
+            added.append(_node(layer))
+        await monitor.execute("transaction", {"actions": [
+            {"type": "blockdev-snapshot", "data": {"node": below[layer.disk]["node-name"], "overlay": _node(layer)}}
+            for layer in layers
+        ]})  # fmt: skip
+    except QemuError:
+        for node in added:
+            await monitor.blockdev_del(node)
+        raise
+    for layer in layers:
+        await _close_for_writing(monitor, below[layer.disk]["node-name"])
+
+
+def _node(layer: NewLayer) -> str:
+    # No two layers of one machine have the same number, and the nodes of its command line are called otherwise.
+    return f"layer-{layer.path.stem}"[:31]
+
+
+def _options(layer: NewLayer, features: QemuFeatures) -> dict[str, Any]:
+    """As on the command line (devices.py)."""
+    return {
+        "driver": "qcow2", "node-name": _node(layer), "backing": None, "discard": "unmap", "detect-zeroes": "unmap",
+        "file": {"driver": "file", "filename": str(layer.path), "discard": "unmap",
+                 "aio": "io_uring" if features.io_uring else "threads"},
+    }  # fmt: skip
+
+
+async def _close_for_writing(monitor: Monitor, node: str) -> None:
+    children = await _children(monitor, node)
+    await monitor.execute("blockdev-reopen", {"options": [{
+        "driver": "qcow2", "node-name": node, "read-only": True, "file": children["file"],
+        "backing": children.get("backing"),
+    }]})  # fmt: skip
+
+
+async def _children(monitor: Monitor, node: str) -> dict[str, str]:
+    """Role ("file", "backing") to node. Names of files would not do: a layer may have been renamed since."""
+    graph = await monitor.execute("x-debug-query-block-graph")
+    names = {entry["id"]: entry["name"] for entry in graph["nodes"]}
+    number = next(key for key, name in names.items() if name == node)
+    return {edge["name"]: names[edge["child"]] for edge in graph["edges"] if edge["parent"] == number}
+
+
+async def merge_into_top(monitor: Monitor, disk: str, *, base: str | None, timeout: float) -> None:
+    """Have the layer that a disk writes to take over what it lacks of the layer below it, while the machine runs.
+
+    From then on it stands on what that one stood on: `base`, as the header is to name it; None: nothing.
+    QemuError where QEMU refuses or it takes longer than `timeout` seconds: then all is as before.
+    """
+    top = (await active_node(monitor, disk))["node-name"]
+    lower = (await _children(monitor, top)).get("backing")
+    if lower is None:
+        raise QemuError(f"the disk {disk} has one layer only")
+    arguments: dict[str, Any] = {"job-id": f"merge-{disk}", "device": top, "auto-dismiss": True}
+    if base is not None:
+        arguments |= {"base-node": (await _children(monitor, lower))["backing"], "backing-file": base}
+    outcome: asyncio.Future[Mapping[str, Any]] = asyncio.get_running_loop().create_future()
+
+    def see(event: Event) -> None:
+        data = event.get("data", {})
+        ended = event.get("event") in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
+        if ended and data.get("device") == arguments["job-id"] and not outcome.done():
+            outcome.set_result({**data, "event": event["event"]})
+
+    with monitor.subscribed(see):
+        await monitor.execute("block-stream", arguments)
+        try:
+            async with asyncio.timeout(timeout):
+                result = await outcome
+        except TimeoutError:
+            await monitor.execute("block-job-cancel", {"device": arguments["job-id"]})
+            raise QemuError(f"the disk {disk} was not merged within {timeout:g} s") from None
+    if result["event"] != "BLOCK_JOB_COMPLETED" or result.get("error"):
+        raise QemuError(f"the disk {disk} could not be merged: {result.get('error', 'it was cancelled')}")
+
