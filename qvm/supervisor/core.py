@@ -246,8 +246,7 @@ class Supervisor:
             f"the supervisor failed: {error!r}", hint="this is a defect in qvm", log_path=self.files.supervisor_log
         )
         self.phase = "failed"
-        if self.run is not None:
-            await self._end_qemu(force=True)
+        await self._end_qemu(force=True)
         await self._ended("failed", error=with_serial(known, self.files.serial_log))
 
     async def stop(self, *, force: bool) -> str:
@@ -269,11 +268,12 @@ class Supervisor:
         return how
 
     async def _end_qemu(self, *, force: bool) -> str:
-        if self.run is None:
+        run = self.run or find_run(self.profile)  # the latter where we were interrupted right behind its start
+        if run is None:
             return "was not running"
         if not force and self.link is not None:
             await self.link.ask_shutdown()
-        how = await stop_qemu(self.run.qemu, self.monitor, powerdown_timeout=POWERDOWN_TIMEOUT, force=force)
+        how = await stop_qemu(run.qemu, self.monitor, powerdown_timeout=POWERDOWN_TIMEOUT, force=force)
         log.info("QEMU ended by %s", how)
         return how
 

@@ -14,8 +14,9 @@ from qvm.instance.record import Record, Run
 from qvm.instance.spec import InstanceSpec
 from qvm.instance.store import save_run
 from qvm.log import get_logger
+from qvm.process import Identity
 from qvm.qemu.features import QemuFeatures
-from qvm.qemu.machine import start_qemu
+from qvm.qemu.machine import start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe import probe_qemu
 from qvm.supervisor.assemble import build_spec
@@ -79,7 +80,15 @@ async def _plan_machine(record: Record, image: Image) -> tuple[QemuFeatures, Ins
 async def _start(record: Record, spec: InstanceSpec, features: QemuFeatures) -> Launched:
     files = Files(record.config.profile)
     began = time.monotonic()
-    identity = await asyncio.to_thread(start_qemu, spec, features, log=files.qemu_log)
+    starting = asyncio.ensure_future(asyncio.to_thread(start_qemu, spec, features, log=files.qemu_log))
+    try:
+        identity = await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        # The thread goes on whatever becomes of us, and nobody knows yet of the QEMU that it starts.
+        (outcome,) = await asyncio.gather(starting, return_exceptions=True)
+        if isinstance(outcome, Identity):
+            await stop_qemu(outcome, None, force=True)
+        raise
     run = Run(identity, record.ssh_port, record.accel, time.time())
     save_run(record.config.profile, run)
     return Launched(run, await connect_monitor(files, record.uuid), time.monotonic() - began)
