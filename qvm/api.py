@@ -3,16 +3,20 @@ nothing, and may be used from several threads and processes at once (instances a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from qvm.errors import InstanceStateError
+from qvm.errors import DeadlineError, GuestCommandError, InstanceStateError, UsageError
 from qvm.filenames import Files
 from qvm.progress import NullProgress, Progress
 from qvm.supervisor.client import NoSupervisorError, call
+
+MAX_INPUT = 8 << 20
+Output = Callable[[bytes], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,10 @@ class RunResult:
 
     exit_code: int
     stdout: str
+    """Empty where a callback took it; bytes that are no UTF-8 are replaced."""
     stderr: str
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Seconds by step of a throw-away machine: plan, spawn, restore, agent, personalise, command, cleanup."""
 
 
 class VM:
@@ -33,18 +40,41 @@ class VM:
     def __repr__(self) -> str:
         return f"VM({self.profile!r})"
 
-    def run(self, argv: Sequence[str], *, timeout: float = 60.0) -> RunResult:
-        """Run `argv` in the guest as root through the agent (no network, no SSH) and return what came of it.
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | PurePosixPath | None = None,
+        env: Mapping[str, str] | None = None,
+        user: str | None = None,
+        input: bytes | str | None = None,
+        timeout: float | None = 60.0,
+        on_stdout: Output | None = None,
+        on_stderr: Output | None = None,
+        check: bool = False,
+    ) -> RunResult:
+        """Run `argv` in the guest as root, or as `user`, through the agent (no network, no SSH).
 
-        Raises DeadlineError after `timeout` seconds, InstanceStateError where the instance does not run.
+        `cwd` is a folder of the guest. A callback gets an output piece by piece (bytes, in this thread); what has none
+        is collected. `input` has at most 8 MiB. Raises DeadlineError after `timeout` seconds, GuestCommandError on a
+        non-zero exit where `check`, InstanceStateError where the instance does not run.
         """
+        data = _to_bytes(input) or b""
+        if len(data) > MAX_INPUT:
+            raise UsageError(f"{len(data)} bytes of input are too many here", hint="copy them in as a file first")
+        sink = _Sink(on_stdout, on_stderr)
         try:
-            answer = call(Files(self.profile).control_socket, "exec", argv=list(argv), timeout=timeout + 10.0,
-                          exec_timeout=timeout)
+            answer = call(
+                Files(self.profile).control_socket, "exec", argv=list(argv), exec_timeout=timeout,
+                timeout=None if timeout is None else timeout + 10.0, cwd=None if cwd is None else str(cwd),
+                env=dict(env or {}), user=user, input=b64encode(data).decode(), stream=True, on_event=sink.take,
+            )
         except NoSupervisorError as error:
             raise InstanceStateError(f"{self.profile!r} is not running",
                                      hint=f"`qvm start {self.profile}` starts it") from error
-        return RunResult(int(answer["exit_code"]), str(answer["stdout"]), str(answer["stderr"]))
+        if answer["timed_out"]:
+            raise DeadlineError(f"{argv[0]} did not end within {timeout:g} s", details=sink.last_words())
+        return _finish(argv, RunResult(int(answer["exit_code"]), sink.text("out"), sink.text("err")), check=check)
 
     def status(self) -> dict[str, Any]:
         """What `qvm status --json` shows: sizes in bytes, times in seconds."""
@@ -69,6 +99,86 @@ class VM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop(force=error is not None)
+
+
+class _Sink:
+    """Where streamed output goes: to a callback, else into memory."""
+
+    def __init__(self, on_stdout: Output | None, on_stderr: Output | None) -> None:
+        self._callbacks = {"out": on_stdout, "err": on_stderr}
+        self._collected: dict[str, list[bytes]] = {"out": [], "err": []}
+
+    def take(self, event: dict[str, Any]) -> None:
+        for name, callback in self._callbacks.items():
+            if name in event:
+                data = b64decode(event[name])
+                if callback is not None:
+                    callback(data)
+                else:
+                    self._collected[name].append(data)
+
+    def text(self, name: str) -> str:
+        return b"".join(self._collected[name]).decode(errors="replace")
+
+    def last_words(self) -> str | None:
+        return (self.text("err") or self.text("out")).strip()[-2000:] or None
+
+
+def _to_bytes(data: bytes | str | None) -> bytes | None:
+    return data.encode() if isinstance(data, str) else data
+
+
+def _finish(argv: Sequence[str], result: RunResult, *, check: bool) -> RunResult:
+    if check and result.exit_code != 0:
+        raise GuestCommandError(f"{' '.join(argv)[:200]} failed in the guest with exit code {result.exit_code}",
+                                details=(result.stderr or result.stdout).strip()[-2000:] or None)
+    return result
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    image: str | None = None,
+    arch: str | None = None,
+    runtime: str = "none",
+    mounts: Sequence[str | Mapping[str, Any]] | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    cpus: int | None = None,
+    memory: str | float | None = None,
+    disk: str | float | None = None,
+    accel: str | None = None,
+    cwd: str | PurePosixPath | None = None,
+    input: bytes | str | None = None,
+    on_stdout: Output | None = None,
+    on_stderr: Output | None = None,
+    check: bool = False,
+    cold: bool = False,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run `argv` in a throw-away VM, as the guest's user of this user's name; nothing of the VM is left.
+
+    `mounts` None mounts the working directory, writable, at its own path; an empty list mounts nothing; else as typed
+    after `--mount`. `cwd` is a folder of the guest: by default the working directory where that is mounted, else the
+    user's home. The first run ever builds an image and a warm image, which takes minutes; `progress` hears of it.
+
+    A callback gets an output piece by piece (bytes, in this thread); what has none is collected. Raises DeadlineError
+    when the command has not ended after `timeout` seconds, GuestCommandError on a non-zero exit where `check`. Installs
+    no signal handlers, and may be called from several threads at once.
+    """
+    from qvm.commands.run import run_collected
+    from qvm.commands.run_plan import Wish
+
+    wanted = {"image": image, "arch": arch, "runtime": runtime, "cpus": cpus, "memory": memory, "disk": disk,
+              "accel": accel, "env": dict(env) if env else None,
+              "mounts": None if mounts is None else list(mounts) or "none"}
+    wish = Wish({name: value for name, value in wanted.items() if value is not None}, Path.cwd(),
+                None if cwd is None else str(cwd), cold)
+    outcome = run_collected(wish, list(argv), timeout=timeout, input=_to_bytes(input), on_stdout=on_stdout,
+                            on_stderr=on_stderr, progress=progress or NullProgress())
+    result = RunResult(outcome.exit_code, outcome.stdout.decode(errors="replace"),
+                       outcome.stderr.decode(errors="replace"), outcome.timings)
+    return _finish(argv, result, check=check)
 
 
 def start(

@@ -18,6 +18,7 @@ from qvm import log as qvm_log
 from qvm.filenames import Files
 from qvm.supervisor.control import Handler, Send, serve_control
 from qvm.supervisor.core import Supervisor
+from qvm.supervisor.execute import execute
 
 # How long the answer to the last request, and a failed start's reason, can be fetched before the process ends.
 LINGER = 0.3
@@ -43,18 +44,10 @@ def handlers(supervisor: Supervisor) -> dict[str, Handler]:
     async def stop(request: dict[str, Any], send: Send) -> dict[str, Any]:
         return {"how": await supervisor.stop(force=bool(request.get("force")))}
 
-    async def execute(request: dict[str, Any], send: Send) -> dict[str, Any]:
-        link = supervisor.require_link()
-        done = await link.channel.exec(
-            [str(word) for word in request["argv"]], check=False, timeout=float(request.get("exec_timeout", 60.0))
-        )
-        return {
-            "exit_code": done.exit_code,
-            "stdout": done.stdout.decode(errors="replace"),
-            "stderr": done.stderr.decode(errors="replace"),
-        }
+    async def run(request: dict[str, Any], send: Send) -> dict[str, Any]:
+        return await execute(supervisor.require_link().channel, request, send)
 
-    return {"status": status, "watch": watch, "follow": follow, "stop": stop, "exec": execute}
+    return {"status": status, "watch": watch, "follow": follow, "stop": stop, "exec": run}
 
 
 async def supervise(profile: str) -> None:
