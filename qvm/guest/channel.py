@@ -166,6 +166,10 @@ class AgentChannel(AgentWire):
         answer = await self.request("track", name=name, file=str(file), process=process, timeout=timeout)
         return int(answer["found"])
 
+    async def stir(self, entropy: bytes) -> None:
+        """Make the guest's random numbers from now on unlike those of any machine that went on from the same state."""
+        await self.request("stir", entropy=b64encode(entropy).decode(), timeout=30.0)
+
     async def grow(self, *, timeout: float = 600.0) -> tuple[str, ...]:
         """Grow root and data file systems to their disks' size, at low priority; returns the mount points that grew."""
         return tuple((await self.request("grow", timeout=timeout))["grown"])

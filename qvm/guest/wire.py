@@ -71,6 +71,10 @@ class AgentWire:
             raise DeadlineError(f"the guest's agent did not answer within {timeout:g} s") from None
         return self.greeting
 
+    @property
+    def is_open(self) -> bool:
+        return self._writer is not None and not self._closed.is_set()
+
     async def wait_closed(self) -> str:
         """Waits until the connection has ended (QEMU went away, or `close`); returns why."""
         await self._closed.wait()
