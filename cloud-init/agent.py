@@ -153,6 +153,11 @@ def mounted_at(target):
     return found
 
 
+def is_mount(path):
+    """Whether another file system begins here: quicker than the list of mounts, but blind to a part of its own one."""
+    return os.path.isdir(path) and os.stat(path).st_dev != os.stat(os.path.dirname(path) or "/").st_dev
+
+
 def unescape(word):
     if b"\\" not in word:
         return word
@@ -488,7 +493,8 @@ class Personality:
             return
         self.put(f"/etc/ssh/authorized_keys.d/{user['name']}", "".join(line.strip() + "\n" for line in lines))
         for folder in ("/etc/ssh", "/etc/ssh/authorized_keys.d"):
-            os.chmod(self.path(folder), 0o755)
+            if os.stat(self.path(folder)).st_mode & 0o7777 != 0o755:
+                os.chmod(self.path(folder), 0o755)
 
     def sshd(self):
         if not self.doc.get("host_key"):
@@ -556,10 +562,10 @@ class Personality:
         grow_ext4(device, target)
 
     def data_folders(self):
-        if not (self.live and mounted_at(DATA_FOLDER)):
+        if not (self.live and is_mount(DATA_FOLDER)):
             return
         for folder in self.doc.get("data_folders") or []:
-            if mounted_at(folder):
+            if is_mount(folder):
                 continue
             source = DATA_FOLDER + folder
             os.makedirs(folder, exist_ok=True)
@@ -609,7 +615,7 @@ def mount_9p(mount, user):
     tag, target = mount["tag"], mount["target"]
     if not target.startswith("/") or not os.path.normpath(target).strip("/"):
         raise Failure(f"{target!r} is no place for a mount")
-    if mounted_at(target) == "9p":
+    if is_mount(target) and mounted_at(target) == "9p":
         return False
     path = ""
     for part in target.strip("/").split("/"):
@@ -623,8 +629,12 @@ def mount_9p(mount, user):
     # included, shows NUL bytes where the host has appended. `directio` sends reads and writes past the cache and
     # leaves it to shared mappings, which cache=none would refuse; older kernels do just that and ignore the word.
     cache = mount.get("cache", "mmap,directio")
-    wait_for_tag(tag)
-    sys_mount(tag, target, "9p", flags, f"trans=virtio,version=9p2000.L,msize=512000,access=any,cache={cache}")
+    options = f"trans=virtio,version=9p2000.L,msize=512000,access=any,cache={cache}"
+    try:
+        sys_mount(tag, target, "9p", flags, options)
+    except OSError:  # looking first costs as much as mounting; what is wrong is told by the second try
+        wait_for_tag(tag)
+        sys_mount(tag, target, "9p", flags, options)
     return True
 
 
@@ -675,12 +685,6 @@ def find_bytes(pid, patterns):
     return found
 
 
-def process_start(pid):
-    """In ticks since the boot: with the pid, what tells a process from any other; None where it is gone."""
-    words = (read(f"/proc/{pid}/stat") or b"").rpartition(b") ")[2].split()
-    return words[19] if words else None
-
-
 def processes(wanted):
     """The pids whose name (comm) `wanted` says yes to."""
     found = []
@@ -688,15 +692,6 @@ def processes(wanted):
         if wanted((read(f"/proc/{pid}/comm") or b"").decode(errors="replace").strip()):
             found.append(int(pid))
     return found
-
-
-def add_entropy(seed):
-    """Have the kernel's random numbers go on from here: whoever was frozen in the same state goes on another way."""
-    import fcntl
-
-    with open("/dev/urandom", "wb", buffering=0) as device:
-        fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
-        fcntl.ioctl(device, RNDRESEEDCRNG)
 
 
 class KnownId:
@@ -707,25 +702,30 @@ class KnownId:
     def __init__(self, digits, pids, file=None):
         self.digits, self.file = digits, file
         forms = forms_of(digits)
-        self.places = [(pid, process_start(pid), find_bytes(pid, forms)) for pid in pids]
+        # An open mem file stays that of this very process, whoever gets its pid later; of one that is gone it is empty.
+        self.places = [(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC), found)
+                       for pid in pids for found in [find_bytes(pid, forms)] if found]
 
     @property
     def count(self):
-        return sum(len(found) for _, _, found in self.places)
+        return sum(len(found) for _, found in self.places)
+
+    def close(self):
+        for memory, _ in self.places:
+            os.close(memory)
 
     def replace(self, digits):
         """True where each program that had it has the new one now."""
         old, new = forms_of(self.digits), forms_of(digits)
         complete = True
-        for pid, started, found in self.places:
-            if not found or process_start(pid) != started:
-                continue  # it never had it, or has gone: whoever is there now has read the file, or is about to
-            with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
-                fd = memory.fileno()
-                there = [(at, form) for at, form in found if os.pread(fd, len(old[form]), at) == old[form]]
-                for at, form in there:
-                    os.pwrite(fd, new[form], at)
-            complete &= bool(there)
+        for memory, found in self.places:
+            gone, done = False, 0
+            for at, form in found:
+                there = os.pread(memory, len(old[form]), at)
+                gone |= not there  # and whoever came after it has read the file
+                if there == old[form]:
+                    done += os.pwrite(memory, new[form], at)
+            complete &= gone or done > 0
         if self.file and read(self.file) is not None:
             data = read(self.file)
             for before, after in ((old[1], new[1]), (old[2], new[2])):
@@ -784,9 +784,8 @@ class Fork(Personality):
     def apply(self):
         started = time.monotonic()
         self.run(self.entropy, self.clock)
-        if self.fork.get("data_disk") == "bind":
-            self.run(self.bind_data_disk, self.data_disk)
-        self.run(self.data_folders, self.user)
+        home = (self.doc.get("user") or {}).get("home", "/") + "/"
+        inside = any(mount["target"].startswith(home) for mount in self.doc.get("mounts") or ())
         mounted = _thread.allocate_lock()
         mounted.acquire()
 
@@ -794,16 +793,32 @@ class Fork(Personality):
             self.run(self.mounts)
             mounted.release()
 
-        _thread.start_new_thread(mount, ())
-        self.run(self.hostname, self.runtime_hostname, self.machine_id, self.cover_ids, self.network, self.keys,
+        if not inside:
+            _thread.start_new_thread(mount, ())
+        if self.fork.get("data_disk") == "bind":
+            self.run(self.bind_data_disk, self.data_disk)
+        self.run(self.data_folders, self.user)
+        if inside:
+            _thread.start_new_thread(mount, ())
+        self.run(self.hostname, self.runtime_hostname, self.machine_id, self.cover_ids, self.mac, self.keys,
                  self.sshd, self.environment, self.dns, self.known_ids, self.restart_sshd)
         mounted.acquire()
         return {"fresh": True, "stale": self.stale, **self.report(started)}
 
+    def finish(self):
+        """What nobody can tell from its not being done yet; after the answer."""
+        self.run(self.network)
+
     def entropy(self):
         """Fresh randomness: two forks of one warm image must share no random stream."""
-        if self.live:
-            add_entropy(unb64(self.fork["entropy"]))
+        if not self.live:
+            return
+        import fcntl
+
+        seed = unb64(self.fork["entropy"])
+        with open("/dev/urandom", "wb", buffering=0) as device:
+            fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+            fcntl.ioctl(device, RNDRESEEDCRNG)
 
     def clock(self):
         if self.live and self.fork.get("clock_ns"):
@@ -842,18 +857,20 @@ class Fork(Personality):
             if self.fork.get("uuid") and os.path.exists(PRODUCT_ID):
                 cover(PRODUCT_ID, self.fork["uuid"] + "\n")
 
+    def mac(self):
+        if self.live and self.fork.get("mac"):
+            for name in interfaces("device")[:1]:
+                set_mac(name, bytes.fromhex(self.fork["mac"].replace(":", "")))
+
     def network(self):
-        """A new MAC; IPv6's addresses are derived from it, and come anew when the protocol is switched on."""
-        if not self.live:
-            return
-        for name in interfaces("device")[:1] if self.fork.get("mac") else ():
+        """IPv6's addresses are derived from the MAC, and come anew when the protocol is switched on."""
+        for name in interfaces("device")[:1] if self.live and self.fork.get("mac") else ():
             switch = f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6"
             if read(switch) == b"0\n":
                 write_kernel(switch, "1")
-            set_mac(name, bytes.fromhex(self.fork["mac"].replace(":", "")))
             if os.path.exists(switch):
                 write_kernel(switch, "0")
-        for name in interfaces("bridge"):
+        for name in interfaces("bridge") if self.live else ():
             set_mac(name, b"\x02\x42" + os.urandom(4))
 
     def known_ids(self):
@@ -916,6 +933,13 @@ class Freezer:
             if os.path.exists(path):
                 cover(path, read(path).decode())
         Personality({}).home(NEW_HOME, 1000, 1000)
+        # Reading and writing brings into memory what the file system needs for it.
+        for path in (*FORK_FILES, "/etc/passwd", "/etc/group", "/etc/shadow"):
+            read(path)
+        for folder in ("/", "/mnt", "/home", "/etc/ssh/authorized_keys.d"):
+            if os.path.isdir(folder):
+                os.mkdir(f"{folder}/.qvm-new")
+                os.rmdir(f"{folder}/.qvm-new")
 
     @staticmethod
     def units():
@@ -950,6 +974,8 @@ class Freezer:
         pids = processes(lambda name: name.startswith(("systemd", "dbus-")))
         for name, path in (("machine-id", "/etc/machine-id"), ("boot-id", BOOT_ID)):
             digits = (read(path) or b"").decode().strip().replace("-", "")
+            if name in self.known:
+                self.known.pop(name).close()
             if len(digits) == 32:
                 self.known[name] = KnownId(digits, pids)
 
@@ -1925,7 +1951,9 @@ class Agent:
         """Learn where running programs keep the id that a file has; each fork gets another, see KnownId."""
         def work():
             digits = (read(message["file"]) or b"").decode().strip().replace("-", "")
-            self.known.pop(message["name"], None)
+            before = self.known.pop(message["name"], None)
+            if before is not None:
+                before.close()
             if len(digits) != 32 or digits.strip("0123456789abcdef"):
                 return {"found": 0}
             pids = processes(lambda name: name == message["process"])
@@ -1933,10 +1961,6 @@ class Agent:
             return {"found": known.count}
 
         self.in_thread(message["id"], work)
-
-    def op_stir(self, message):
-        add_entropy(unb64(message["entropy"]))
-        return {"ok": True}
 
     def op_grow(self, message):
         self.in_thread(message["id"], grow_disks)
@@ -1995,7 +2019,9 @@ class Agent:
     def personalise(self, document, raw=None, arrived=0):
         with self.applying:
             if "fork" in document:
-                report = Fork(document, self.known, arrived, self.options["--root"]).apply()
+                fork = Fork(document, self.known, arrived, self.options["--root"])
+                report = fork.apply()
+                _thread.start_new_thread(fork.finish, ())
             else:
                 report = Personality(document, self.options["--root"]).apply(sha256(raw or to_json(document)))
         self.env = document.get("env") or {}
