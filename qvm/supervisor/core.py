@@ -1,6 +1,6 @@
 """The long-lived process of one instance: starts or adopts QEMU, makes it ready, serves it, and ends with it.
 
-    fork, boot or adopt  ->  requirements  ->  sockets, context, "ready"  ->  wait for QEMU's end or a request
+    go on, fork, boot or adopt  ->  requirements  ->  sockets, context, "ready"  ->  wait for QEMU's end or a request
                             |                                                  |
                             +--- failed: QEMU ended, logs kept                 +--- stop: ladder, context restored
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from qvm.guest.requirements import wait_until_ready
 from qvm.guest.ssh import SshTarget
 from qvm.image.store import Image, load_image
 from qvm.instance.record import Record, Run
+from qvm.instance.states import discard_state
 from qvm.instance.store import clear_run, find_run, load_record, save_run
 from qvm.log import get_logger
 from qvm.logtail import tail_of
@@ -31,9 +33,11 @@ from qvm.runtime.registry import load_runtime
 from qvm.supervisor.bus import Bus
 from qvm.supervisor.disks import undo_fork
 from qvm.supervisor.forking import Fork
-from qvm.supervisor.launching import Launched, boot, connect_monitor, fork
+from qvm.supervisor.freezing import Machine
+from qvm.supervisor.launching import Launched, boot, connect_monitor, fork, revive
 from qvm.supervisor.link import GuestLink
 from qvm.supervisor.ready import ReadyParts, build_requirements, with_serial
+from qvm.supervisor.reviving import Revival, explain, find_suspended
 from qvm.warm.fork import ForkPlan, find_plan
 from qvm.warm.request import RUNTIME
 from qvm.warm.store import discard_warm
@@ -42,6 +46,9 @@ log = get_logger(__name__)
 
 POWERDOWN_TIMEOUT = 90.0
 """Seconds the guest gets to shut down by itself; containers may take their own grace time."""
+
+QEMU_END_PATIENCE = 0.5
+"""Seconds in which a failure of the guest may turn out to be the end of its QEMU."""
 
 
 class Supervisor:
@@ -100,6 +107,8 @@ class Supervisor:
             await self._make_ready()
             return
         clear_run(self.profile)
+        if await self._revive():
+            return
         plan = find_plan(self.files.fork_plan)
         if plan is not None and await self._fork(plan):
             return
@@ -146,16 +155,44 @@ class Supervisor:
         self._growing = asyncio.create_task(parts.grow(), name="grow")
         return True
 
-    async def _give_up_fork(self, plan: ForkPlan, error: Exception) -> None:
-        log.error("the fork failed", exc_info=error)
-        reason = error.message if isinstance(error, QvmError) else str(error)
-        self.bus.publish("note", text=f"the warm image could not be used ({reason}): starting cold")
+    async def _revive(self) -> bool:
+        """Go on from the suspended state; False, said why, where there is none that can be used."""
+        try:
+            state = find_suspended(self.profile)
+            if state is None:
+                return False
+            began = time.monotonic()
+            launched = await revive(self.record, self.image, state)
+            self._began(launched)
+            self.bus.publish("requirement", name="restore", state="done",
+                             seconds=time.monotonic() - began - launched.seconds)
+            parts = Revival(self.record, state, launched.monitor, self._new_link(), self.runtime, self.context)
+            self.requirements = dict.fromkeys(("agent", "clock", "mounts", "runtime"), "waiting")
+            notes = await self._unless_qemu_ends(parts.come_alive(self._on_requirement))
+        except (QvmError, OSError, TimeoutError) as error:
+            await self._give_up_restored(f"the saved state could not be used ({explain(error)}): starting cold", error)
+            await asyncio.to_thread(discard_state, self.files.suspended)
+            return False
+        # QEMU has its RAM mapped: it stays for as long as QEMU does.
+        await asyncio.to_thread(discard_state, self.files.suspended)
+        for note in notes:
+            self.bus.publish("note", text=note)
+        await self._publish_ready(state.runtime_version)
+        return True
+
+    async def _give_up_restored(self, why: str, error: Exception) -> None:
+        """End a machine that was restored in vain, and say so."""
+        log.error("%s", why, exc_info=error)
+        self.bus.publish("note", text=why)
         run = self.run or find_run(self.profile)
         if run is not None:
             await stop_qemu(run.qemu, self.monitor, force=True)
         await self._let_go()
         self.run = self.monitor = self.link = None
         clear_run(self.profile)
+
+    async def _give_up_fork(self, plan: ForkPlan, error: Exception) -> None:
+        await self._give_up_restored(f"the warm image could not be used ({explain(error)}): starting cold", error)
         warm = plan.load()
         if warm is not None:
             discard_warm(warm)
@@ -226,7 +263,10 @@ class Supervisor:
         ended = asyncio.ensure_future(self.monitor.wait_closed())
         try:
             await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
+            failed = working.done() and not working.cancelled() and working.exception() is not None
+            if failed:  # a QEMU that dies takes the agent's channel along, and its own end may be heard later
+                await asyncio.wait({ended}, timeout=QEMU_END_PATIENCE)
+            if not working.done() or (failed and ended.done()):
                 raise NotReadyError("qemu", "QEMU ended while the guest was starting",
                                     hint="see `qvm logs supervisor` and `qvm logs serial`",
                                     details=tail_of(self.files.qemu_log) or None, log_path=self.files.qemu_log)
@@ -266,6 +306,27 @@ class Supervisor:
         how = await self._end_qemu(force=force)
         await self._ended(how)
         return how
+
+    def machine(self) -> Machine:
+        """What there is to save; InstanceStateError where the instance is not up."""
+        if self.phase != "running" or self.run is None or self.monitor is None:
+            raise InstanceStateError(f"{self.profile!r} is {self.phase}; only one that runs can be saved")
+        return Machine(self.record, self.image, self.run, self.monitor, self.require_link().channel)
+
+    async def wait_grown(self) -> None:
+        """Until the disks of a fork have the sizes of its profile."""
+        if self._growing is not None:
+            await asyncio.gather(self._growing, return_exceptions=True)
+
+    async def end_saved(self, seal: Callable[[], None]) -> None:
+        """End QEMU, whose machine has been saved, and this supervisor with it; `seal` runs when QEMU has gone."""
+        self.phase = "stopping"
+        if self._life is not None:
+            self._life.cancel()
+            await asyncio.gather(self._life, return_exceptions=True)
+        await self._end_qemu(force=True)
+        await asyncio.to_thread(seal)
+        await self._ended("suspend")
 
     async def _end_qemu(self, *, force: bool) -> str:
         run = self.run or find_run(self.profile)  # the latter where we were interrupted right behind its start
