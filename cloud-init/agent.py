@@ -950,6 +950,8 @@ class Freezer:
     @staticmethod
     def quiet_network():
         for name in interfaces("device")[:1]:
+            # A fork that gets another MAC must say so, or the host's side of the network goes on with the old one.
+            write_kernel(f"/proc/sys/net/ipv4/conf/{name}/arp_notify", "1")
             if os.path.exists(f"/proc/sys/net/ipv6/conf/{name}"):
                 write_kernel(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "1")
 

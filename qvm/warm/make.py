@@ -157,6 +157,9 @@ class _Maker:
                 raise GuestError("the guest could not be set up", details="\n".join(seed.errors))
             self._done("warm seed")
             version = await self._start_runtime(channel)
+            # What the boot has left to do, each fork would have to do again.
+            await channel.exec(["systemctl", "is-system-running", "--wait"], check=False, timeout=BOOT_TIMEOUT)
+            self._done("warm boot")
             await channel.freeze(self.request.stage)
             self._done("warm quiet")
         finally:
