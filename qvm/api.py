@@ -3,6 +3,8 @@ nothing, and may be used from several threads and processes at once (instances a
 
 from __future__ import annotations
 
+import secrets
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +88,56 @@ class VM:
         from qvm.commands.stop import stop
 
         stop(self.profile, force=force, progress=NullProgress())
+
+    def suspend(self) -> None:
+        """Save the VM with all that runs in it, and end it; `qvm.start(profile)` goes on there.
+
+        InstanceStateError, and it runs on, where something in the guest holds a host folder.
+        """
+        from qvm.commands.suspend import suspend
+
+        suspend(self.profile, progress=NullProgress())
+
+    def resume(self) -> None:
+        """Go on where `suspend` left off; InstanceStateError where nothing is suspended."""
+        from qvm.commands.suspend import resume
+
+        resume(self.profile, progress=NullProgress())
+
+    def snapshot(self, name: str | None = None) -> str:
+        """Remember this moment, disks and memory, while the VM runs on; returns the snapshot's name."""
+        from qvm.commands.snapshot import create
+
+        chosen = name or f"snapshot-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        create(self.profile, chosen, progress=NullProgress())
+        return chosen
+
+    def restore(self, name: str) -> None:
+        """Be again what the snapshot remembers; what is now is lost unless a snapshot has it."""
+        from qvm.commands.snapshot import restore
+
+        restore(self.profile, name, progress=NullProgress())
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """Oldest first: name, created (seconds since the epoch), running, size (bytes) ..."""
+        from qvm.commands.snapshot import list_all
+
+        return list_all(self.profile)
+
+    def delete_snapshot(self, name: str) -> None:
+        from qvm.commands.snapshot import delete
+
+        delete(self.profile, name, progress=NullProgress())
+
+    def fork(self, profile: str) -> VM:
+        """A copy of this VM under another name, running, with an identity of its own; this one goes on undisturbed.
+
+        What runs in this VM runs in both from then on. One that is off is copied as it is on disk, and started.
+        """
+        from qvm.commands.clone import clone
+
+        clone(self.profile, profile, progress=NullProgress())
+        return start(profile)
 
     def delete(self, *, data: bool = False) -> None:
         from qvm.commands.delete import delete

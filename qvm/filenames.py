@@ -89,6 +89,11 @@ class Files:
         return self.folder / "snapshots"
 
     @property
+    def restore_plan(self) -> Path:
+        """There while disks are being put back to a snapshot: an interrupted command's work is ended by the next."""
+        return self.folder / "restore.json"
+
+    @property
     def seed(self) -> Path:
         return self.folder / "seed.iso"
 

@@ -64,8 +64,16 @@ def _signals_heeded() -> AbstractContextManager[None]:
 @click.command(epilog="Example: qvm stop dev")
 @common_options()
 @click.option("-f", "--force", is_flag=True, help="Stop at once, without asking the guest.")
-def stop(invocation: Invocation, /, *, force: bool) -> None:
+@click.option("--suspend", is_flag=True, help="Save what runs; the next start goes on there.")
+def stop(invocation: Invocation, /, *, force: bool, suspend: bool) -> None:
     """Stop a VM: ask the guest to shut down, then force it."""
+    if suspend:
+        if force:
+            raise UsageError("--suspend and --force exclude each other")
+        from qvm.cli.saving import do_suspend
+
+        do_suspend(invocation)
+        return
     from qvm.commands.stop import stop as do_stop
 
     with invocation.progress() as progress:

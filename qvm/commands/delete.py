@@ -10,6 +10,7 @@ from qvm.filenames import Files
 from qvm.instance.record import Record
 from qvm.instance.store import find_record, list_profiles, lock_instance, remove_instance
 from qvm.progress import Progress
+from qvm.supervisor.offline import flatten_data
 
 
 def delete(profile: str, *, data: bool = False, force: bool = False, progress: Progress) -> DeleteResult:
@@ -27,6 +28,7 @@ def delete(profile: str, *, data: bool = False, force: bool = False, progress: P
     with lock_instance(profile, on_wait=progress.note):
         record = _stop_and_withdraw(profile, force=force, progress=progress)
         removed, kept_paths = remove_instance(profile, data=data)
+        flatten_data(profile)
         if record is not None:
             progress.note(f"deleted {profile}")
     return DeleteResult(profile, removed, kept_paths)

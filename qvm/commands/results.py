@@ -26,6 +26,44 @@ class StopResult:
 
 
 @dataclass(frozen=True, slots=True)
+class SuspendResult:
+    profile: str
+    changed: bool
+    """False where it was suspended already."""
+    seconds: float
+    paused: float = 0.0
+    """Seconds the machine stood still before it ended."""
+    timings: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotResult:
+    profile: str
+    snapshot: str
+    action: str
+    """create, restore or delete."""
+    seconds: float
+    running: bool = False
+    """Whether the snapshot holds a machine's memory; without, the machine was off."""
+    paused: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class CloneResult:
+    profile: str
+    source: str
+    running: bool
+    """Whether it goes on, at its next start, where the source was; else it boots."""
+    seconds: float
+    paused: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
 class DeleteResult:
     profile: str
     removed: list[str]

@@ -11,6 +11,7 @@ from qvm.commands.prepare import prepare
 from qvm.commands.results import StartResult
 from qvm.commands.status import status
 from qvm.commands.stop import stop_locked
+from qvm.commands.suspended import check_suspended
 from qvm.config.resolve import Resolved, describe_changes, resolve_config
 from qvm.config.save import save_profile
 from qvm.config.validate import validate_profile_name
@@ -54,6 +55,8 @@ def start_locked(
     for note in resolved.notes:
         progress.note(note)
     clear_run(profile)
+    if record is not None:
+        check_suspended(record, resolved.config, cold=cold, progress=progress)
     with Prelaunched() as waiting:
         prepared = prepare(resolved.config, record, cold=cold, progress=progress)
         for note in save_profile(resolved):

@@ -11,6 +11,7 @@ from typing import Any
 from qvm.errors import InstanceStateError
 from qvm.filenames import Files
 from qvm.instance.record import Record, Run
+from qvm.instance.states import MANIFEST
 from qvm.instance.store import find_run, list_profiles, load_record
 from qvm.supervisor.launch import find_status
 
@@ -18,7 +19,7 @@ from qvm.supervisor.launch import find_status
 def status(profile: str) -> dict[str, Any]:
     """Everything there is to say about one instance, JSON-ready; sizes in bytes, times in seconds.
 
-    `state` is running, starting, stopping, failed, stopped, or one of:
+    `state` is running, starting, stopping, failed, stopped, suspended, or one of:
     unsupervised (QEMU runs, nobody serves its sockets and forwards; `start` mends it),
     stuck (the process lives but QEMU does not answer as this instance).
     """
@@ -58,7 +59,7 @@ def _state(record: Record, run: Run | None, served: dict[str, Any] | None) -> st
     if served is not None:
         return str(served["phase"])
     if run is None:
-        return "stopped"
+        return "suspended" if (Files(record.config.profile).suspended / MANIFEST).exists() else "stopped"
     from qvm.qemu.probe_monitor import probe_monitor
 
     info = probe_monitor(Files(record.config.profile).monitor_socket)

@@ -120,6 +120,11 @@ def seal_state(folder: Path, state: SavedState) -> None:
     paths.sync(folder.parent)
 
 
+def rewrite_state(folder: Path, state: SavedState) -> None:
+    """Change what the manifest says, not the files; atomic."""
+    write_json(folder / MANIFEST, _to_dict(state) | {"files": state.files or {}})
+
+
 def load_state(folder: Path) -> SavedState:
     """InstanceStateError where there is none or it cannot be read."""
     data = read_json(folder / MANIFEST)

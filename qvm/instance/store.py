@@ -101,6 +101,7 @@ def remove_instance(profile: str, *, data: bool) -> tuple[list[str], list[str]]:
     if files.data_disk.exists():
         if data:
             files.data_disk.unlink()
+            shutil.rmtree(files.data_layers, ignore_errors=True)
             removed.append(str(files.data_disk))
         else:
             kept.append(str(files.data_disk))

@@ -1,4 +1,4 @@
-"""From a record to a machine: the spec the command line is built from, and the seed the guest reads. Pure."""
+"""From a record to a machine: the spec the command line is built from, and the seed the guest reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 
 from qvm.arch import Arch
 from qvm.filenames import Files
+from qvm.image.layers import data_disk, newest, root_disk
 from qvm.image.store import Image
 from qvm.instance.kernel import kernel_cmdline
 from qvm.instance.record import Record
@@ -28,8 +29,9 @@ def build_spec(record: Record, image: Image, arch: Arch) -> InstanceSpec:
         cpus=config.cpus,
         memory=config.memory,
         disks=(
-            Disk(files.root_disk, "root"),
-            Disk(files.data_disk, "data"),
+            # Resolved: layers name each other relative to where they are.
+            Disk(newest(root_disk(files)), "root"),
+            Disk(newest(data_disk(files)), "data"),
             Disk(files.seed, "seed", format="raw", readonly=True),
         ),
         mounts=config.mounts,

@@ -8,14 +8,20 @@ from qvm.filenames import Files
 from qvm.image.disk import create_data_disk, create_overlay, disk_info, resize_disk
 from qvm.image.store import Image
 from qvm.instance.record import Record
+from qvm.instance.states import find_state
 from qvm.warm.fork import create_fork_disks, save_plan
 from qvm.warm.request import RUNTIME
 from qvm.warm.store import WarmImage, pin
 
 
 def ensure_disks(record: Record, image: Image) -> None:
-    """Make the overlay and the data disk, or grow them; shrinking was refused when the settings were resolved."""
+    """Make the overlay and the data disk, or grow them; shrinking was refused when the settings were resolved.
+
+    What a saved state goes on with stays as it is.
+    """
     files = Files(record.config.profile)
+    if find_state(files.suspended) is not None:
+        return
     if not files.root_disk.exists():
         create_overlay(files.root_disk, backing=image.disk, backing_format=image.format, size=record.config.root_disk)
     _grow(files.root_disk, record.config.root_disk)

@@ -54,18 +54,18 @@ class Fork:
 
         Raises NotReadyError naming the requirement that failed. Nothing of the user has run by then.
         """
-        mark = _Stopwatch(tell)
+        mark = Stopwatch(tell)
         # The greeting waits in the guest's device when the guest wakes up.
         greeting = asyncio.ensure_future(self.link.greet(timeout=HELLO_TIMEOUT))
         try:
             await self.monitor.resume()
-            await _required("agent", greeting, "the restored guest does not answer")
+            await required("agent", greeting, "the restored guest does not answer")
         finally:
             greeting.cancel()
         mark.done("agent")
-        await _required("seed", self._become_own(), "the guest could not be given its identity")
+        await required("seed", self._become_own(), "the guest could not be given its identity")
         mark.done("seed")
-        notes = await _required("runtime", self._take_over_runtime(), "the runtime could not be taken over")
+        notes = await required("runtime", self._take_over_runtime(), "the runtime could not be taken over")
         await self.link.begin_service()
         if self.runtime.name != "none":
             mark.done("runtime")
@@ -126,7 +126,7 @@ def _virtual_size(path: Path) -> int:
     return disk_info(path).virtual_size
 
 
-async def _required(name: str, work: Awaitable[T], message: str) -> T:
+async def required(name: str, work: Awaitable[T], message: str) -> T:
     try:
         return await work
     except NotReadyError:
@@ -135,7 +135,7 @@ async def _required(name: str, work: Awaitable[T], message: str) -> T:
         raise NotReadyError(name, f"{message}: {error.message}", hint=error.hint, details=error.details) from error
 
 
-class _Stopwatch:
+class Stopwatch:
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._last = time.monotonic()

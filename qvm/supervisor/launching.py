@@ -1,4 +1,4 @@
-"""QEMU for an instance: booted from its disks, or forked from a warm image."""
+"""QEMU for an instance: booted from its disks, forked from a warm image, or gone on with from a saved state."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from qvm.filenames import Files
 from qvm.image.store import Image
 from qvm.instance.record import Record, Run
 from qvm.instance.spec import InstanceSpec
+from qvm.instance.states import DEVICES, SavedState, consume_state
 from qvm.instance.store import save_run
 from qvm.log import get_logger
 from qvm.process import Identity
@@ -19,7 +20,9 @@ from qvm.qemu.features import QemuFeatures
 from qvm.qemu.machine import start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe import probe_qemu
+from qvm.qemu.state import restore_devices
 from qvm.supervisor.assemble import build_spec
+from qvm.supervisor.fitting import state_spec
 from qvm.warm.fork import ForkPlan, build_fork_spec, restore_fork
 from qvm.warm.store import WarmImage, using
 
@@ -69,6 +72,23 @@ async def fork(record: Record, image: Image, plan: ForkPlan) -> tuple[Launched, 
     # From here on the disks are the machine's own: no second fork of them.
     files.fork_plan.unlink()
     return launched, warm
+
+
+async def revive(record: Record, image: Image, state: SavedState) -> Launched:
+    """Start the machine where its suspended state left it; it is paused, and the state is used up.
+
+    Raises QvmError where the state does not fit any more; what was started is left to the caller to end.
+    """
+    files = Files(record.config.profile)
+    features, own = await _plan_machine(record, image)
+    launched = await _start(record, state_spec(own, state, files.suspended, features), features)
+    try:
+        await restore_devices(launched.monitor, files.suspended / DEVICES, features)
+        await asyncio.to_thread(consume_state, files.suspended)
+    except BaseException:
+        await launched.monitor.close()
+        raise
+    return launched
 
 
 async def _plan_machine(record: Record, image: Image) -> tuple[QemuFeatures, InstanceSpec]:

@@ -130,6 +130,13 @@ def pin(warm: WarmImage, disk: Path) -> None:
     (pins / hashlib.sha256(os.fsencode(disk)).hexdigest()[:16]).write_text(str(disk))
 
 
+def pin_below(image: Path, disk: Path) -> None:
+    """Keep what `image` is part of while `disk` exists, where that is a warm image."""
+    warm = image.parent
+    if warm.parent == warm_dir():
+        pin(WarmImage(warm.name.partition("-")[0], warm, {}), disk)
+
+
 @contextmanager
 def using(warm: WarmImage) -> Iterator[None]:
     """Mark the warm image as used now, and keep it from being pruned while the block runs.

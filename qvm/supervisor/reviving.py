@@ -1,0 +1,115 @@
+"""Go on from a saved state: a suspended machine, a snapshot, a copy of another instance."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qvm.errors import GuestError, InstanceStateError, QvmError
+from qvm.filenames import Files
+from qvm.guest.channel import AgentChannel
+from qvm.guest.mounts import ensure_mounts
+from qvm.image import layers
+from qvm.instance import states
+from qvm.instance.record import Record
+from qvm.instance.states import SavedState
+from qvm.log import get_logger
+from qvm.paths import share_dir
+from qvm.qemu.hostinfo import read_boot_id
+from qvm.qemu.monitor import Monitor
+from qvm.runtime.base import Runtime, RuntimeContext
+from qvm.seed.render import fork_document
+from qvm.supervisor.assemble import build_seed
+from qvm.supervisor.forking import HELLO_TIMEOUT, IDENTITY_TIMEOUT, Stopwatch, required
+from qvm.supervisor.link import GuestLink
+from qvm.supervisor.ready import start_runtime
+
+log = get_logger(__name__)
+
+ENTROPY = 64
+"""Bytes that a machine gets which may not be the only one to go on from its state."""
+
+
+def find_suspended(profile: str) -> SavedState | None:
+    """The state that the next start goes on from. InstanceStateError, with the reason, where it must not be used."""
+    files = Files(profile)
+    state = states.find_state(files.suspended)
+    if state is None:
+        return None
+    disks = {"root": layers.newest(layers.root_disk(files)), "data": layers.newest(layers.data_disk(files))}
+    flaw = states.find_flaw(files.suspended, state, host_boot=read_boot_id(), disks=disks)
+    if flaw is not None:
+        raise InstanceStateError(flaw)
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Revival:
+    record: Record
+    state: SavedState
+    monitor: Monitor
+    link: GuestLink
+    runtime: Runtime
+    context: RuntimeContext
+
+    @property
+    def channel(self) -> AgentChannel:
+        return self.link.channel
+
+    async def come_alive(self, tell: Callable[[str, str, float], None]) -> list[str]:
+        """Let the guest run and have it as it was, or as an instance of its own; returns notes.
+
+        Raises NotReadyError naming the requirement that failed.
+        """
+        mark = Stopwatch(tell)
+        greeting = asyncio.ensure_future(self.link.greet(timeout=HELLO_TIMEOUT))
+        try:
+            await self.monitor.resume()
+            await required("agent", greeting, "the restored guest does not answer")
+        finally:
+            greeting.cancel()
+        mark.done("agent")
+        await required("clock", self._be_of_now(), "the guest could not be brought up to date")
+        mark.done("clock")
+        mounts = self.record.config.mounts
+        if mounts:
+            await required("mounts", ensure_mounts(self.channel, mounts), "a host folder could not be mounted")
+            mark.done("mounts")
+        notes = await required("runtime", self._runtime(), "the runtime does not answer any more")
+        await self.link.begin_service()
+        if self.runtime.name != "none":
+            mark.done("runtime")
+        return notes
+
+    async def _be_of_now(self) -> None:
+        if self.state.renewed:
+            document = fork_document(build_seed(self.record, self.runtime), uuid=self.record.uuid)
+            identity = await self.channel.personalise(document, timeout=IDENTITY_TIMEOUT)
+            if identity.state != "applied":
+                raise GuestError("the guest could not be set up", details="\n".join(identity.errors))
+            return
+        await self.channel.set_clock()
+        if self.state.fresh:
+            await self.channel.stir(secrets.token_bytes(ENTROPY))
+        await self._update_agent()
+
+    async def _update_agent(self) -> None:
+        try:
+            if await self.channel.update((share_dir("cloud-init") / "agent.py").read_bytes()):
+                log.info("the guest's agent was another version and has been replaced")
+        except GuestError as error:
+            log.warning("the guest's agent stays another version: %s", error.message)
+
+    async def _runtime(self) -> list[str]:
+        notes = await self.runtime.after_fork(self.channel, self.context) if self.state.renewed else []
+        if not await self.runtime.ready(self.channel, self.context):
+            async with asyncio.timeout(self.runtime.start_timeout):
+                await start_runtime(self.runtime, self.channel, self.context)
+        return list(notes or ())
+
+
+def explain(error: Exception) -> str:
+    return error.message if isinstance(error, QvmError) else str(error) or type(error).__name__
+
