@@ -183,6 +183,14 @@ class DyingProcess:
         self.child = child
         self._leash = leash
 
+    def has_ended(self, patience: float) -> bool:
+        """Whether it ends, or has ended, by itself within `patience` seconds."""
+        try:
+            self.child.wait(patience)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def kill(self) -> None:
         """End it at once, with whatever watches it, and collect it. Idempotent."""
         # Even where the program has ended and was collected: a group with a watcher in it keeps its number.

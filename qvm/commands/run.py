@@ -30,11 +30,11 @@ T = TypeVar("T")
 Use = Callable[[Machine], "Coroutine[Any, Any, T]"]
 
 
-class EndedError(BaseException):
-    """A signal asked us to end; like KeyboardInterrupt, it is no error to be handled on its way."""
+class EndedError(SystemExit):
+    """A signal asked us to end. asyncio lets only this and KeyboardInterrupt through its callbacks unchanged."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signum)
+        super().__init__(128 + signum)
         self.exit_code = 128 + signum
 
 
@@ -283,7 +283,8 @@ def _cancel_all(loop: AbstractEventLoop) -> None:
     tasks: set[Task[Any]] = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    if tasks:  # gather would look for a loop of this thread's
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
 
 def _apart(work: Callable[[], T]) -> T:

@@ -38,6 +38,8 @@ BOOT_TIMEOUT = 240.0
 SETUP_TIMEOUT = 120.0
 # As for any machine of ours: sockets and files of QEMU are 0600.
 _UMASK = 0o177
+_END_PATIENCE = 5.0
+"""Seconds that QEMU may take to end after its sockets have closed: it gives its memory back in between."""
 
 
 class RestoreFailedError(QvmError):
@@ -259,11 +261,7 @@ class Machine:
 
     def explain(self, error: GuestError) -> QvmError:
         """What a broken channel means: QEMU's own words where it has ended."""
-        try:
-            self._qemu.child.wait(0.5)
-        except Exception:  # subprocess.TimeoutExpired: it lives, and the guest's agent is to blame
-            return error
-        return self._ended_early()
+        return self._ended_early() if self._qemu.has_ended(_END_PATIENCE) else error
 
     def _ended_early(self) -> QemuError:
         size = os.fstat(self._log).st_size
