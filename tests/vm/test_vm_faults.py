@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def box(user: User) -> User:
-    user.qvm("start", "box", "--runtime", "none", "--memory", "1")
+    user.qvm("start", "box", "--runtime", "none")
     user.qvm("ssh", "box", "--", "echo kept | sudo tee /var/lib/qvm/kept && sudo sync")
     return user
 
@@ -33,7 +33,7 @@ def kept(box: User) -> str:
 
 
 def test_two_starts_at_once_are_one_vm(user: User) -> None:
-    racers = [user.popen("start", "race", "--runtime", "none", "--memory", "1") for _ in range(2)]
+    racers = [user.popen("start", "race", "--runtime", "none") for _ in range(2)]
     codes = [racer.wait(400) for racer in racers]
     errors = [(racer.communicate()[1] or b"").decode() for racer in racers]
     assert codes == [0, 0], errors

@@ -21,7 +21,7 @@ def modern(user: User, cache_home: Path) -> User:
 
 def test_whole_life_on_qemu_10(modern: User) -> None:
     (modern.work / "index.html").write_text("from the host\n")
-    modern.qvm("start", "ten", "--runtime", "none", "--memory", "1")
+    modern.qvm("start", "ten", "--runtime", "none")
     assert "10." in modern.qvm("version").stdout
     pid = modern.status("ten")["pid"]
     assert str(Path(modern.env["QVM_QEMU"]).parent) in str(Path(f"/proc/{pid}/exe").readlink())
