@@ -694,6 +694,15 @@ def processes(wanted):
     return found
 
 
+def add_entropy(seed):
+    """Have the kernel's random numbers go on from here: whoever was frozen in the same state goes on another way."""
+    import fcntl
+
+    with open("/dev/urandom", "wb", buffering=0) as device:
+        fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+        fcntl.ioctl(device, RNDRESEEDCRNG)
+
+
 class KnownId:
     """An id that running programs keep in memory. Where is found out before a freeze, and a fork writes another there:
     the alternative is to start them anew, which takes them seconds.
@@ -811,14 +820,8 @@ class Fork(Personality):
 
     def entropy(self):
         """Fresh randomness: two forks of one warm image must share no random stream."""
-        if not self.live:
-            return
-        import fcntl
-
-        seed = unb64(self.fork["entropy"])
-        with open("/dev/urandom", "wb", buffering=0) as device:
-            fcntl.ioctl(device, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
-            fcntl.ioctl(device, RNDRESEEDCRNG)
+        if self.live:
+            add_entropy(unb64(self.fork["entropy"]))
 
     def clock(self):
         if self.live and self.fork.get("clock_ns"):
@@ -1963,6 +1966,10 @@ class Agent:
             return {"found": known.count}
 
         self.in_thread(message["id"], work)
+
+    def op_stir(self, message):
+        add_entropy(unb64(message["entropy"]))
+        return {"ok": True}
 
     def op_grow(self, message):
         self.in_thread(message["id"], grow_disks)
