@@ -91,9 +91,18 @@ class Revival:
                 raise GuestError("the guest could not be set up", details="\n".join(identity.errors))
             return
         await self.channel.set_clock()
-        if self.state.fresh:
-            await self.channel.stir(secrets.token_bytes(ENTROPY))
         await self._update_agent()
+        if self.state.fresh:
+            await self._stir()
+
+    async def _stir(self) -> None:
+        seed = secrets.token_bytes(ENTROPY)
+        try:
+            await self.channel.stir(seed)
+        except GuestError as error:
+            # An older agent that could not be replaced. The kernel takes this up within a minute, not at once.
+            log.warning("new entropy goes in by the slow way: %s", error.message)
+            await self.channel.exec(["sh", "-c", "cat >/dev/urandom"], input=seed)
 
     async def _update_agent(self) -> None:
         try:
