@@ -30,11 +30,11 @@ T = TypeVar("T")
 Use = Callable[[Machine], "Coroutine[Any, Any, T]"]
 
 
-class EndedError(SystemExit):
-    """A signal asked us to end. asyncio lets only this and KeyboardInterrupt through its callbacks unchanged."""
+class EndedError(KeyboardInterrupt):
+    """A signal other than SIGINT asked us to end. asyncio lets no other exception of ours through its callbacks."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(128 + signum)
+        super().__init__(signum)
         self.exit_code = 128 + signum
 
 

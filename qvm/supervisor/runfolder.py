@@ -80,8 +80,8 @@ def _take(path: Path) -> int | None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(fd).st_ino == path.stat().st_ino:
             return fd
-    except OSError:  # held by a sweeper or the folder's own run, or gone
-        pass
+    except OSError:
+        pass  # held by a sweeper or the folder's own run, or gone
     os.close(fd)
     return None
 

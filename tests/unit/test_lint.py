@@ -17,7 +17,7 @@ FOLDERS = ("qvm", "runtimes", "cloud-init", "images", "benchmarks", "tests", "sc
 MOST_LINES = 400
 MOST_FUNCTION_LINES = 60
 # One file by decision: it is copied into guests as it is, foreign ones included.
-MORE_LINES = {"cloud-init/agent.py": 2050}
+MORE_LINES = {"cloud-init/agent.py": 2200}
 
 # The only door to other programs is qvm/process.py. Whoever else may open one is named here, with the reason.
 MAY_START_PROGRAMS = {"qvm/process.py": "it is the door"}
