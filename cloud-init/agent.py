@@ -781,7 +781,7 @@ class Fork(Personality):
     """The first thing a restored machine does: become one of its own.
 
     Code that runs for the first time after a restore is translated anew under emulation, which is most of what this
-    costs: so no programs, no new files where old ones do, and two threads where two things have nothing in common.
+    costs: so no programs, no new files where old ones do, and one thread: two that take turns cost more than they spare.
     """
 
     write = staticmethod(overwrite)
@@ -793,26 +793,10 @@ class Fork(Personality):
 
     def apply(self):
         started = time.monotonic()
-        self.run(self.entropy, self.clock)
-        home = (self.doc.get("user") or {}).get("home", "/") + "/"
-        inside = any(mount["target"].startswith(home) for mount in self.doc.get("mounts") or ())
-        mounted = _thread.allocate_lock()
-        mounted.acquire()
-
-        def mount():
-            self.run(self.mounts)
-            mounted.release()
-
-        if not inside:
-            _thread.start_new_thread(mount, ())
-        if self.fork.get("data_disk") == "bind":
-            self.run(self.bind_data_disk, self.data_disk)
-        self.run(self.data_folders, self.user)
-        if inside:
-            _thread.start_new_thread(mount, ())
-        self.run(self.hostname, self.runtime_hostname, self.machine_id, self.cover_ids, self.mac, self.keys,
-                 self.sshd, self.environment, self.dns, self.known_ids, self.restart_sshd)
-        mounted.acquire()
+        again = (self.bind_data_disk, self.data_disk) if self.fork.get("data_disk") == "bind" else ()
+        self.run(self.entropy, self.clock, *again, self.data_folders, self.user, self.hostname, self.runtime_hostname,
+                 self.machine_id, self.cover_ids, self.mac, self.keys, self.sshd, self.environment, self.dns,
+                 self.known_ids, self.restart_sshd, self.mounts)
         return {"fresh": True, "stale": self.stale, **self.report(started)}
 
     def finish(self):
@@ -1964,8 +1948,10 @@ class Agent:
         self.in_thread(message["id"], work)
 
     def op_apply(self, message):
-        document, arrived = message["document"], self.arrived
-        self.in_thread(message["id"], lambda: {"seed": self.personalise(document, arrived=arrived)})
+        document = message["document"]
+        if "fork" in document:  # here and now: until it is done nobody has anything else to ask
+            return {"ok": True, "seed": self.personalise(document)}
+        return self.in_thread(message["id"], lambda: {"seed": self.personalise(document)})
 
     def op_freeze(self, message):
         def work():
@@ -2049,10 +2035,10 @@ class Agent:
     def user(self):
         return self.seed.get("user") or {}
 
-    def personalise(self, document, raw=None, arrived=0):
+    def personalise(self, document, raw=None):
         with self.applying:
             if "fork" in document:
-                fork = Fork(document, self.known, arrived, self.options["--root"])
+                fork = Fork(document, self.known, self.arrived, self.options["--root"])
                 report = fork.apply()
                 _thread.start_new_thread(fork.finish, ())
             else:
