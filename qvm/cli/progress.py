@@ -27,7 +27,7 @@ _PLAIN_PAUSE = 10.0
 def open_progress(stream: TextIO | None = None) -> Iterator[Progress]:
     """The progress that suits `stream` (standard error by default); what is drawn is cleared away at the end."""
     stream = stream or sys.stderr
-    if not stream.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+    if not stream.isatty() or os.environ.get("TERM", "dumb") == "dumb" or not _can_write("✓━⠋", stream):
         yield PlainProgress(stream)
         return
     progress = TerminalProgress(stream)
@@ -37,16 +37,25 @@ def open_progress(stream: TextIO | None = None) -> Iterator[Progress]:
         progress.close()
 
 
+def _can_write(text: str, stream: TextIO) -> bool:
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
 def _finished(name: str, seconds: float) -> str:
     return f"{name}: done in {format_duration(seconds)}"
 
 
 def _share(done: int, total: int | None, unit: str) -> str:
-    """"45 % of 1.2 GiB", "45 %", or how much where the whole is not known."""
+    """"45 % of 1.2 GiB", "45 %" where there is no unit to count in, or how much where the whole is not known."""
     amount = format_size if unit == "B" else (lambda number: f"{number:.0f} {unit}".rstrip())
     if not total:
         return amount(done)
-    return f"{100 * done // total} % of {amount(total)}"
+    share = f"{100 * done // total} %"
+    return f"{share} of {amount(total)}" if unit else share
 
 
 class _PlainStep:
@@ -163,13 +172,15 @@ class TerminalProgress:
         """Clear away what is still drawn; a failed start leaves milestones that nobody finishes."""
         with self._lock:
             if self._bars is not None:
+                for task in self._bars.task_ids:
+                    self._bars.remove_task(task)
                 self._bars.stop()
                 self._bars = None
             self._open = 0
             self._waiting.clear()
 
     def _print(self, text: str) -> None:
-        self._get_console().print(text, highlight=False, soft_wrap=True)
+        self._get_console().print(text, highlight=False)
 
     def _get_console(self) -> Console:
         if self._console is None:
@@ -206,23 +217,26 @@ def _escape(text: str) -> str:
 
 
 def _make_bars(console: Console) -> Bars:
-    from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
+    from rich.progress import ProgressColumn, Task
+    from rich.table import Column
     from rich.text import Text
 
-    class Amount(ProgressColumn):
+    from qvm.cli.barline import Line, fit_line
+
+    class Whole(ProgressColumn):
+        """The whole line: columns of rich's own would each break into several lines on a narrow terminal."""
+
         def render(self, task: Task) -> Text:
             done, total = int(task.completed), None if task.total is None else int(task.total)
-            return Text(_share(done, total, str(task.fields["unit"])) if total or done else "", style="dim")
+            line = Line(
+                task.description, task.elapsed or 0.0,
+                _share(done, total, str(task.fields["unit"])) if total or done else "",
+                done / total if total else None, str(task.fields["detail"]),
+            )  # fmt: skip
+            names = max(len(other.description) for other in [*bars.tasks, task])
+            # One column stays free: some terminals go to the next line as soon as the last one is filled.
+            return Text.assemble(*fit_line(line, console.width - 1, name_width=names), no_wrap=True)
 
-    class Bar(BarColumn):
-        """No bar where the whole is not known: the spinner shows life."""
-
-        def render(self, task: Task) -> object:  # type: ignore[override]  # anything rich can draw
-            return super().render(task) if task.total else Text("")
-
-    return RichProgress(
-        SpinnerColumn(), TextColumn("{task.description}", markup=False), Bar(bar_width=24), Amount(),
-        TimeElapsedColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False),
-        console=console, transient=True,
-    )  # fmt: skip
+    bars = RichProgress(Whole(Column(no_wrap=True)), console=console, transient=True)
+    return bars

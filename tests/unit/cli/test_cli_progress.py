@@ -71,3 +71,24 @@ def test_dumb_terminals_get_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("TERM", "dumb")
     with open_progress(Terminal()) as shown:
         assert isinstance(shown, PlainProgress)
+
+
+def test_terminals_of_another_alphabet_get_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    raw = io.BytesIO()
+
+    class Latin(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Latin(raw, encoding="latin-1")
+    with open_progress(stream) as shown, shown.step("building"):
+        pass
+    stream.flush()
+    assert raw.getvalue().startswith(b"building: done in ")
+
+
+def test_shares() -> None:
+    assert progress._share(512, 1024, "B") == "50 % of 1 KiB"
+    assert progress._share(1, 4, "") == "25 %"
+    assert progress._share(7, None, "files") == "7 files"
