@@ -781,7 +781,8 @@ class Fork(Personality):
     """The first thing a restored machine does: become one of its own.
 
     Code that runs for the first time after a restore is translated anew under emulation, which is most of what this
-    costs: so no programs, no new files where old ones do, and one thread: two that take turns cost more than they spare.
+    costs: so no programs, no new files where old ones do, and one thread (two that take turns cost more than they
+    spare).
     """
 
     write = staticmethod(overwrite)
@@ -1046,24 +1047,31 @@ def grow_disks():
     return {"grown": grown}
 
 
+def switch_on(path, before, after):
+    """Whether a device is on now. The kernel may be switching it on by itself, and refuses to be told meanwhile."""
+    if read(path) == before:
+        try:
+            write_kernel(path, after.decode())
+        except OSError as error:
+            log(path, error)
+    return read(path) == after + b"\n"
+
+
 def settle_hardware(cpus, memory):
     """Switch on what was plugged in; returns what there is when all has come, or at the latest after PLUG_TIMEOUT."""
     end = time.monotonic() + PLUG_TIMEOUT
     blocks, processors = "/sys/devices/system/memory", "/sys/devices/system/cpu"
     size = int(read(f"{blocks}/block_size_bytes") or b"0", 16)
     while True:
-        switched = 0
-        for folder in [f"{blocks}/{name}" for name in os.listdir(blocks) if name[6:].isdigit()] if size else ():
-            if read(f"{folder}/state") == b"offline\n":
-                write_kernel(f"{folder}/state", "online")
-            switched += size
+        names = [name for name in os.listdir(blocks) if name[6:].isdigit()] if size else []
+        plugged = sum(size for name in names if switch_on(f"{blocks}/{name}/state", b"offline\n", b"online"))
+        for name in sorted(os.listdir(processors)):
+            path = f"{processors}/{name}/online"
+            if len(os.sched_getaffinity(0)) < cpus and name[:3] == "cpu" and os.path.exists(path):
+                switch_on(path, b"0\n", b"1")
         online = len(os.sched_getaffinity(0))
-        for name in os.listdir(processors):
-            if name[:3] == "cpu" and read(f"{processors}/{name}/online") == b"0\n" and online < cpus:
-                write_kernel(f"{processors}/{name}/online", "1")
-                online = len(os.sched_getaffinity(0))
         total = int((read("/proc/meminfo") or b"MemTotal: 0").split(None, 2)[1]) << 10
-        complete = online >= cpus and (switched or total * 8 // 7) >= memory
+        complete = online >= cpus and (plugged or total * 8 // 7) >= memory  # the kernel keeps a part for itself
         if complete or time.monotonic() > end:
             return {"cpus": online, "memory": total, "complete": complete}
         time.sleep(0.01)
