@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 PROFILE = "run"
 _PLAIN_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0\n]*")
+_KEPT = 30 * 24 * 3600.0
+"""Seconds after which a plan that was made then is made anew."""
 _DECIDING = ("PATH", "HOME", "LOGNAME", "XDG_CACHE_HOME")
 
 
@@ -70,12 +73,24 @@ def plan_run(wish: Wish, *, progress: Progress, remember: bool = True) -> tuple[
         from qvm.qemu.cache import save_entry
 
         save_entry(name, key, {"plan": plan.to_dict(), "watched": _stamps(watched)})
+        _drop_old_plans()
     return plan, env
 
 
 def forget_plan(wish: Wish) -> None:
     """It did not work: the next run decides anew."""
     (paths.cache_home() / "probe" / _entry_name(wish)).unlink(missing_ok=True)
+
+
+def _drop_old_plans() -> None:
+    """Those of folders that nobody runs anything in any more."""
+    oldest = time.time() - _KEPT
+    for path in (paths.cache_home() / "probe").glob("run-*.json"):
+        try:
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+        except FileNotFoundError:
+            continue  # another run was first
 
 
 def _plain_env(raw: object) -> dict[str, str] | None:

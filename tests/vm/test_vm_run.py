@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import pty
 import select
@@ -179,6 +180,44 @@ def test_qemu_that_dies_is_told_of(box: User) -> None:
     os.kill(pid, signal.SIGKILL)
     _, err = child.communicate(timeout=30)
     assert child.returncode == 1 and b"QEMU ended with signal 9" in err
+    assert left(box) == []
+
+
+def test_a_machine_that_hangs_can_be_left(box: User) -> None:
+    child = start(box, "--", "sh", "-c", "echo ready; exec sleep 100")
+    os.kill(qemu_of(box) or 0, signal.SIGSTOP)
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(30) == 130
+    child = start(box, "--timeout", "1", "--", "sh", "-c", "echo ready; exec sleep 100")
+    os.kill(qemu_of(box) or 0, signal.SIGSTOP)
+    assert child.wait(60) == 137
+    with screen(box, "--", "sh", "-c", "echo ready; exec cat") as terminal:
+        terminal.expect(b"ready")
+        os.kill(qemu_of(box) or 0, signal.SIGSTOP)
+        for _ in range(8):
+            terminal.type(b"\x03")
+            time.sleep(0.5)
+        assert terminal.wait() == 130
+        assert termios.tcgetattr(terminal.slave) == terminal.before
+    assert left(box) == []
+
+
+def test_a_warm_image_that_is_damaged_is_told_of_and_replaced(box: User) -> None:
+    box.qvm("run", "--cpus", "1", "--", "true", timeout=900)
+    listed = json.loads(box.qvm("image", "warm", "--list", "--json").stdout)["result"]
+    mine = [row for row in listed if row["cpus"] == 1 and row["runtime"] in ("", "none")]
+    newest = max(mine, key=lambda row: float(row["last_used"]))
+    devices = Path(newest["folder"]) / "devices"
+    devices.chmod(0o600)
+    devices.write_bytes(bytes(devices.stat().st_size))
+    done = box.qvm("run", "--cpus", "1", "--", "nproc", timeout=900)
+    assert done.stdout == "1\n"
+    assert "warm image could not be used" in done.stderr and "starting cold" in done.stderr
+    assert not devices.exists()
+    again = box.qvm("run", "--cpus", "1", "--", "nproc", timeout=900)
+    assert again.stdout == "1\n" and "could not be used" not in again.stderr
     assert left(box) == []
 
 
