@@ -25,6 +25,10 @@ class Verb:
         return command
 
 
+class Interrupted(Exception):
+    """A KeyboardInterrupt that click has not seen: it would print an empty line first."""
+
+
 class LazyGroup(click.Group):
     def __init__(self, *, verbs: Mapping[str, Verb], **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -45,6 +49,12 @@ class LazyGroup(click.Group):
         if not word.startswith("-") and word not in self.verbs and word not in self._by_alias:
             raise click.UsageError(f"unknown verb {word!r}{suggest(word, [*self.verbs, *self._by_alias])}", ctx)
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise Interrupted from interrupt
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = []

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from qvm.cli.invocation import Invocation, group_options
-from qvm.cli.lazy import LazyGroup, Verb
+from qvm.cli.lazy import Interrupted, LazyGroup, Verb
 from qvm.cli.output import report_bug, report_error, report_interrupt
 from qvm.errors import QvmError, UsageError
 
@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
         return report_error(_as_usage_error(error), json=invocation.json)
     except click.ClickException as error:
         return report_error(QvmError(error.format_message()), json=invocation.json)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, Interrupted, KeyboardInterrupt):
         report_interrupt()
         return INTERRUPTED
     except QvmError as error:

@@ -7,6 +7,7 @@ JSON is an envelope on standard output, `{"ok": true, "result": ...}` or
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, TypeVar
@@ -76,7 +77,9 @@ def render_error(error: QvmError) -> str:
 
 
 def report_interrupt() -> None:
-    click.echo("qvm: interrupted", err=True)
+    # The terminal has just shown ^C: over it, not behind it.
+    start = "\r" if sys.stderr.isatty() else ""
+    click.echo(f"{start}qvm: interrupted", err=True)
 
 
 def report_bug(error: Exception, *, json: bool, verbose: bool) -> int:
