@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qvm.commands.run_plan import Wish, forget_plan, plan_run
 from qvm.errors import DeadlineError, GuestError
 from qvm.progress import Progress
-from qvm.supervisor.throwaway import Machine, RestoreFailedError, launch
+from qvm.supervisor.throwaway import Machine, RestoreFailedError, WarmGoneError, discard_warm, launch
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Task
@@ -130,7 +130,20 @@ def run_collected(
 
 
 def _with_machine(wish: Wish, use: Use[Outcome], *, progress: Progress) -> Outcome:
-    """Plan, launch, use; once more, cold and with a word on why, where the warm image did not come to life."""
+    """Plan, launch, use; once more where the warm image has gone meanwhile, or, cold, where it did not come to life."""
+    try:
+        return _attempt(wish, use, progress=progress)
+    except WarmGoneError:
+        forget_plan(wish)  # it was removed since the plan was made; the next one makes another
+    except RestoreFailedError as error:
+        return _attempt_cold(wish, use, error, progress=progress)
+    try:
+        return _attempt(wish, use, progress=progress)
+    except RestoreFailedError as error:
+        return _attempt_cold(wish, use, error, progress=progress)
+
+
+def _attempt(wish: Wish, use: Use[Outcome], *, progress: Progress) -> Outcome:
     began = time.monotonic()
     plan, env = plan_run(wish, progress=progress)
     planned = time.monotonic() - began
@@ -139,30 +152,18 @@ def _with_machine(wish: Wish, use: Use[Outcome], *, progress: Progress) -> Outco
         await machine.bring_up(env)
         return await use(machine)
 
-    try:
-        with launch(plan, env) as machine:
-            outcome = _run_loop(bring_up_and_use(machine))
-            ended = time.monotonic()
-    except RestoreFailedError as error:
-        progress.note(f"{error.message}: starting cold")
-        _discard_warm(wish, plan.warm)
-        plan, env = plan_run(Wish(wish.flags, wish.cwd, wish.guest_cwd, cold=True), progress=progress)
-        with launch(plan, env) as machine:
-            outcome = _run_loop(bring_up_and_use(machine))
-            ended = time.monotonic()
+    with launch(plan, env) as machine:
+        outcome = _run_loop(bring_up_and_use(machine))
+        ended = time.monotonic()
     outcome.timings = {"plan": planned, **machine.timings, "cleanup": time.monotonic() - ended}
     return outcome
 
 
-def _discard_warm(wish: Wish, folder: str | None) -> None:
-    from pathlib import Path
-
-    from qvm.warm.store import discard_warm, load_warm
-
+def _attempt_cold(wish: Wish, use: Use[Outcome], error: RestoreFailedError, *, progress: Progress) -> Outcome:
+    progress.note(f"{error.message}: starting cold")
     forget_plan(wish)
-    warm = load_warm(Path(folder)) if folder is not None else None
-    if warm is not None:
-        discard_warm(warm)
+    discard_warm(error.warm)
+    return _attempt(Wish(wish.flags, wish.cwd, wish.guest_cwd, cold=True), use, progress=progress)
 
 
 class _Attended:

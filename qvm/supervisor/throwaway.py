@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvm.errors import GuestError, QemuError, QvmError
+from qvm.errors import GuestError, HostError, QemuError, QvmError
 from qvm.image.qcow2 import write_overlay
 from qvm.process import DyingProcess, spawn_dying
 from qvm.supervisor.runfolder import RunFolder, make_run_folder, sweep_runs
@@ -24,6 +24,7 @@ from qvm.supervisor.runfolder import RunFolder, make_run_folder, sweep_runs
 if TYPE_CHECKING:
     from qvm.guest.channel import AgentChannel
     from qvm.guest.guestprocess import GuestProcess, TtySize
+    from qvm.guest.protocol import SeedState
     from qvm.qemu.monitor import Monitor
     from qvm.runtime.base import Runtime, RuntimeContext
     from qvm.seed.data import SeedData
@@ -42,10 +43,20 @@ _END_PATIENCE = 5.0
 """Seconds that QEMU may take to end after its sockets have closed: it gives its memory back in between."""
 
 
+class WarmGoneError(HostError):
+    """The warm image of the plan is no longer there."""
+
+    code = "warm-gone"
+
+
 class RestoreFailedError(QvmError):
     """The warm image did not come to life; a cold start may."""
 
     code = "restore-failed"
+
+    def __init__(self, warm: Path, error: QvmError) -> None:
+        super().__init__(f"the warm image could not be used ({error.message})", hint=error.hint, details=error.details)
+        self.warm = warm
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +105,10 @@ class RunPlan:
         return cls(**values)
 
 
+class _SetupError(GuestError):
+    """What was wished for cannot be had, forked or booted."""
+
+
 class Machine:
     """A started machine; `launch` makes it and ends it."""
 
@@ -139,9 +154,10 @@ class Machine:
         else:
             try:
                 await self._unless_qemu_ends(self._fork(self._warm, QemuFeatures.from_dict(self.plan.features), env))
+            except _SetupError:
+                raise
             except QvmError as error:
-                raise RestoreFailedError(f"the warm image could not be used ({error.message})", hint=error.hint,
-                                         details=error.details) from error
+                raise RestoreFailedError(self._warm.folder, error) from error
         await self._settle(monitor)
         self._folder.vanish()
 
@@ -187,14 +203,22 @@ class Machine:
         identity, _ = await asyncio.gather(
             self.channel.personalise(document, timeout=SETUP_TIMEOUT), self._plug_memory(self._monitor)
         )
-        if identity.state != "applied":
-            raise GuestError("the guest could not be set up", details="\n".join(identity.errors))
+        self._check_setup(identity)
         self.done("personalise")
         self.timings["mounts"] = identity.timings.get("mounts", 0.0)
         if self.plan.runtime != "none":
             runtime, context = self._runtime()
             await runtime.after_fork(self.channel, context)
             self.done("runtime")
+
+    @staticmethod
+    def _check_setup(state: SeedState) -> None:
+        if state.state == "applied":
+            return
+        # A folder that cannot be mounted where it was wished is not the warm image's fault.
+        wished = all(line.startswith("mount ") for line in state.errors)
+        kind = _SetupError if wished else GuestError
+        raise kind("the guest could not be set up", details="\n".join(state.errors))
 
     async def _plug_memory(self, monitor: Monitor) -> None:
         if self.plan.plug:
@@ -207,8 +231,7 @@ class Machine:
         await self.channel.hello(timeout=BOOT_TIMEOUT)
         self.done("boot")
         seed = await self.channel.wait_for_seed()
-        if seed.state != "applied":
-            raise GuestError("the guest could not be set up", details="\n".join(seed.errors))
+        self._check_setup(seed)
         self.done("personalise")
         self.timings["mounts"] = seed.timings.get("mounts", 0.0)
         if self.plan.runtime != "none":
@@ -316,14 +339,25 @@ def _take_warm(plan: RunPlan, stack: ExitStack) -> WarmImage | None:
     """The plan's warm image, kept from being pruned until the stack unwinds."""
     if plan.warm is None:
         return None
-    from qvm.errors import HostError
     from qvm.warm.store import load_warm, using
 
     warm = load_warm(Path(plan.warm))
     if warm is None:
-        raise HostError("the warm image has gone or is damaged")
-    stack.enter_context(using(warm))
+        raise WarmGoneError("the warm image has gone or is damaged")
+    try:
+        stack.enter_context(using(warm))
+    except HostError as error:
+        raise WarmGoneError(error.message) from error
     return warm
+
+
+def discard_warm(folder: Path) -> None:
+    """A warm image that did not come to life is not tried again."""
+    from qvm.warm import store
+
+    warm = store.load_warm(folder)
+    if warm is not None:
+        store.discard_warm(warm)
 
 
 def _write_disks(plan: RunPlan, folder: Path) -> None:
