@@ -38,6 +38,8 @@ class SeedData:
     """Name servers; none: QEMU's own."""
     data_folders: tuple[str, ...] = ()
     """Guest folders that live on the data disk."""
+    data_disk: bool = True
+    """Whether the data disk is mounted, and formatted where it is blank; a warm image's base stage leaves it alone."""
     mac: str = ""
     """Of the one network interface; for foreign images' network configuration."""
     hosts: dict[str, str] = field(
