@@ -87,3 +87,10 @@ def test_toml_reads_back_as_it_was() -> None:
 def test_what_toml_cannot_say_is_refused() -> None:
     with pytest.raises(ValueError, match="None"):
         render_toml({"key": None})
+
+
+def test_before_a_freeze_ids_that_are_made_anew_go(tmp_path: Path) -> None:
+    guest = FakeGuest()
+    asyncio.run(Containerd().before_freeze(guest, make_context(tmp_path)))
+    assert len(guest.commands) == 1 and "introspection/uuid" in guest.scripts() and guest.tracked == {}
+    assert asyncio.run(Containerd().after_fork(guest, make_context(tmp_path))) == []

@@ -87,3 +87,22 @@ def test_stop_ends_the_socket_first_so_that_nothing_starts_it_again(tmp_path: Pa
 )
 def test_version(said: bytes, version: str, tmp_path: Path) -> None:
     assert asyncio.run(Docker().version(FakeGuest({"--version": said}), make_context(tmp_path))) == version
+
+
+def test_before_a_freeze_the_engine_id_is_tracked(tmp_path: Path) -> None:
+    guest = FakeGuest()
+    asyncio.run(Docker().before_freeze(guest, make_context(tmp_path)))
+    assert guest.tracked == {"docker-engine": ("/var/lib/docker/engine-id", "dockerd")}
+
+
+def test_after_a_fork_nothing_is_run_where_the_id_was_replaced(tmp_path: Path) -> None:
+    guest = FakeGuest()
+    assert asyncio.run(Docker().after_fork(guest, make_context(tmp_path))) == []
+    assert guest.commands == []
+
+
+def test_a_daemon_that_kept_its_id_is_started_anew_and_the_user_told(tmp_path: Path) -> None:
+    guest = FakeGuest(stale_ids=("docker-engine",))
+    notes = asyncio.run(Docker().after_fork(guest, make_context(tmp_path)))
+    assert len(notes) == 1 and "started anew" in notes[0]
+    assert "systemctl restart" in guest.scripts() and "/run/docker.sock" in str(guest.envs)

@@ -16,7 +16,7 @@ import yaml
 from qvm.config.model import Mount
 from qvm.errors import ConfigError
 from qvm.seed.data import SeedData, guest_user_name, validate_seed
-from qvm.seed.render import load_templates, render_seed, seed_document
+from qvm.seed.render import fork_document, load_templates, render_seed, seed_document
 
 KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nsecret: {not yaml}\n-----END OPENSSH PRIVATE KEY-----\n"
 DATA = SeedData(
@@ -117,3 +117,18 @@ def test_every_problem_is_reported_at_once() -> None:
 ])
 def test_host_user_names_become_account_names(host: str, guest: str) -> None:
     assert guest_user_name(host) == guest
+
+
+def test_each_fork_gets_an_identity_of_its_own() -> None:
+    one, two = (fork_document(DATA, data_disk="bind")["fork"] for _ in range(2))
+    assert all(one[name] != two[name] for name in ("entropy", "machine_id", "boot_id", "uuid"))
+    assert len(b64decode(one["entropy"])) == 64 and re.fullmatch("[0-9a-f]{32}", one["machine_id"])
+    assert (one["mac"], one["data_disk"]) == ("52:54:00:ab:cd:01", "bind")
+    assert {key: value for key, value in fork_document(DATA).items() if key != "fork"} == seed_document(DATA)
+
+
+def test_a_fork_keeps_what_its_instance_has_already() -> None:
+    section = fork_document(replace(DATA, machine_id="a" * 32), uuid="u-u-i-d")["fork"]
+    assert (section["machine_id"], section["uuid"]) == ("a" * 32, "u-u-i-d")
+    with pytest.raises(ConfigError):
+        fork_document(replace(DATA, hostname="no name"))
