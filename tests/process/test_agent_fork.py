@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -34,10 +33,8 @@ def test_a_fork_is_personalised_in_one_message(tmp_path: Path) -> None:
             assert document["fork"]["clock_ns"] == 0, "the caller's document is left alone"
             assert (root / "etc/machine-id").read_text().strip() == document["fork"]["machine_id"]
             assert (await channel.exec(["sh", "-c", "echo $WORD"])).stdout == b"fork\n"
-            again = time.monotonic()
             await channel.hello()
             assert channel.greeting is not None and channel.greeting.seed.state == "applied"
-            assert time.monotonic() - again < 1
 
     drive(work)
 
