@@ -205,6 +205,8 @@ class DyingProcess:
             self._leash = None
 
 
+_NOT_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
+"""We may have ended before the kernel was told to end it with us."""
 # The subshell waits for the end of the pipe that only we hold open, then ends its parent, which by then has become the
 # program; both are of one process group, so that ending the program by it ends the watcher too.
 _WATCHED = 'exec 9<&0 </dev/null; (read -r _ <&9; kill -9 $$) >/dev/null 2>&1 & exec "$@" 9<&-'
@@ -220,7 +222,7 @@ def spawn_dying(
     """Start a program in a session of its own that the system kills when the *thread* that called this ends.
 
     Both outputs go to the descriptor `log`. On Linux the kernel does it (PR_SET_PDEATHSIG, prctl(2)): by setpriv(1),
-    which costs 1.5 ms and no code of ours between fork and exec; `watched` has a shell wait for our end instead.
+    which costs 2.5 ms and no code of ours between fork and exec; `watched` has a shell wait for our end instead.
     """
     words = _strings(argv)
     leash: int | None = None
@@ -230,14 +232,17 @@ def spawn_dying(
         stdin, leash = os.pipe()
         words = ["/bin/sh", "-c", _WATCHED, "sh", *words]
     elif (setpriv := shutil.which("setpriv")) is not None:
-        words = [setpriv, "--pdeathsig", "KILL", "--", *words]
+        words = [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _NOT_ORPHANED, str(os.getpid()), *words]
     else:
         import ctypes
 
         libc = ctypes.CDLL(None)
 
+        parent = os.getpid()
+
         def before_exec() -> object:
-            return libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            return os.getppid() == parent or os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[func-returns-value]
 
     try:
         child = subprocess.Popen(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qvm.commands.run_plan import Wish, forget_plan, plan_run
 from qvm.errors import DeadlineError, GuestError
 from qvm.progress import Progress
-from qvm.supervisor.throwaway import Machine, RestoreFailedError, WarmGoneError, discard_warm, launch
+from qvm.supervisor.keeper import WarmGoneError
+from qvm.supervisor.throwaway import Machine, RestoreFailedError, discard_warm, launch
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Task

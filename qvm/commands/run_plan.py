@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvm import paths
 from qvm.errors import QvmError
-from qvm.supervisor.throwaway import FOLDER, RunPlan
+from qvm.supervisor.runplan import FOLDER, RunPlan
 
 if TYPE_CHECKING:
     from qvm.arch import Arch

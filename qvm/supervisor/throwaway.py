@@ -1,25 +1,22 @@
 """The machine of one `qvm run`: in this process, for one command, leaving nothing.
 
-There is no record, no supervisor and no port. QEMU dies with the thread that started it, however that ends, and its
-folder is removed as soon as QEMU has everything in it open. The modules that a conversation with the guest needs are
+There is no record, no supervisor and no port. QEMU dies with this process, however that ends (`keeper`), and its folder
+is removed as soon as QEMU has everything in it open. The modules that a conversation with the guest needs are
 loaded while QEMU starts, which takes as long.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvm.errors import GuestError, HostError, QemuError, QvmError
-from qvm.image.qcow2 import write_overlay
-from qvm.process import DyingProcess, spawn_dying
-from qvm.supervisor.runfolder import RunFolder, make_run_folder, sweep_runs
+from qvm.errors import GuestError, QemuError, QvmError
+from qvm.supervisor.keeper import Keeper, Started
+from qvm.supervisor.runplan import RunPlan, seed_data
 
 if TYPE_CHECKING:
     from qvm.guest.channel import AgentChannel
@@ -27,26 +24,15 @@ if TYPE_CHECKING:
     from qvm.guest.protocol import SeedState
     from qvm.qemu.monitor import Monitor
     from qvm.runtime.base import Runtime, RuntimeContext
-    from qvm.seed.data import SeedData
     from qvm.warm.store import WarmImage
 
-FOLDER = "/_QVM_RUN_FOLDER_"
-"""Stands in a plan for the folder of the run."""
 QEMU_TIMEOUT = 30.0
 """Seconds until QEMU's monitor answers. It takes 0.1; a loaded host may swap."""
 FORK_HELLO_TIMEOUT = 30.0
 BOOT_TIMEOUT = 240.0
 SETUP_TIMEOUT = 120.0
-# As for any machine of ours: sockets and files of QEMU are 0600.
-_UMASK = 0o177
 _END_PATIENCE = 5.0
 """Seconds that QEMU may take to end after its sockets have closed: it gives its memory back in between."""
-
-
-class WarmGoneError(HostError):
-    """The warm image of the plan is no longer there."""
-
-    code = "warm-gone"
 
 
 class RestoreFailedError(QvmError):
@@ -59,52 +45,6 @@ class RestoreFailedError(QvmError):
         self.warm = warm
 
 
-@dataclass(frozen=True, slots=True)
-class RunPlan:
-    """A machine completely decided, in plain JSON values: the next run of the same kind finds it ready."""
-
-    argv: tuple[str, ...]
-    """QEMU's command line; `FOLDER` stands for the run's folder."""
-    features: dict[str, Any]
-    """QemuFeatures.to_dict()."""
-    warm: str | None
-    """The warm image's folder; None: boot."""
-    root: str
-    """What the root disk is an overlay on."""
-    root_format: str
-    root_size: int
-    """Bytes, as all sizes here."""
-    data: str | None
-    """What the data disk is an overlay on; None: an empty one."""
-    data_size: int
-    cpus: int
-    memory: int
-    plug: int
-    """Memory to be plugged in after the fork."""
-    runtime: str
-    user: dict[str, Any]
-    """GuestUser.to_dict()."""
-    hostname: str
-    mounts: tuple[dict[str, Any], ...]
-    """Mount.to_dict()."""
-    dns: tuple[str, ...]
-    data_folders: tuple[str, ...]
-    cwd: str
-    """Where commands run in the guest."""
-    grow: bool = False
-    """The data disk is larger than the file system on it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> RunPlan:
-        """Raises TypeError where `data` is not what `to_dict` makes."""
-        listed = ("argv", "mounts", "dns", "data_folders")
-        values: dict[str, Any] = {name: tuple(value) if name in listed else value for name, value in data.items()}
-        return cls(**values)
-
-
 class _SetupError(GuestError):
     """What was wished for cannot be had, forked or booted."""
 
@@ -112,17 +52,15 @@ class _SetupError(GuestError):
 class Machine:
     """A started machine; `launch` makes it and ends it."""
 
-    def __init__(
-        self, plan: RunPlan, warm: WarmImage | None, folder: RunFolder, qemu: DyingProcess, log: int, began: float
-    ) -> None:
+    def __init__(self, plan: RunPlan, started: Started, began: float) -> None:
         self.plan = plan
         self.timings: dict[str, float] = {}
         """Seconds: spawn, restore (or boot), agent, personalise, mounts (part of it, told by the guest), runtime."""
-        self.pid = qemu.child.pid
-        self._warm = warm
-        self._folder = folder
-        self._qemu = qemu
-        self._log = log
+        self.pid = started.qemu.child.pid
+        self._warm = started.warm
+        self._folder = started.folder
+        self._qemu = started.qemu
+        self._log = started.log
         self._last = began
         self._channel: AgentChannel | None = None
         self._monitor: Monitor | None = None
@@ -294,61 +232,18 @@ class Machine:
         return QemuError(f"QEMU ended {how}", details="\n".join(words.splitlines()[-15:]) or None)
 
 
-def seed_data(plan: RunPlan, env: Mapping[str, str]) -> SeedData:
-    """What the guest is to become. No SSH keys: nothing can reach its sshd."""
-    import secrets
-    import uuid
-
-    from qvm.config.model import Mount
-    from qvm.seed.data import SeedData
-
-    user = plan.user
-    return SeedData(
-        instance_id=str(uuid.uuid4()), hostname=plan.hostname, user=str(user["name"]), uid=int(user["uid"]),
-        gid=int(user["gid"]), home=str(user["home"]), shell="/bin/bash", authorized_keys=(), host_key="",
-        host_key_public="", mounts=tuple(Mount.from_dict(mount) for mount in plan.mounts), env=dict(env),
-        dns=plan.dns, data_folders=plan.data_folders, machine_id=secrets.token_hex(16),
-    )
-
-
 @contextmanager
 def launch(plan: RunPlan, env: Mapping[str, str]) -> Iterator[Machine]:
     """Start the machine of `plan`; when the block ends, nothing of it is left.
 
-    Must be called from a thread that lives as long as the machine. Raises HostError where the warm image is gone.
+    Raises WarmGoneError where the warm image has gone, HostError where the host refuses.
     """
     began = time.monotonic()
-    with ExitStack() as stack:
-        warm = _take_warm(plan, stack)
-        folder = make_run_folder()
-        stack.callback(folder.close)
-        _write_disks(plan, folder.path)
-        if warm is None:
-            _write_seed(plan, env, folder.path / "seed.iso")
-        log = os.open(folder.path / "qemu.log", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        stack.callback(os.close, log)
-        # A comma in an option's value is written twice (qemu(1)).
-        place = str(folder.path).replace(",", ",,")
-        qemu = spawn_dying([word.replace(FOLDER, place) for word in plan.argv], log=log, umask=_UMASK)
-        stack.callback(qemu.kill)
-        sweep_runs()
-        yield Machine(plan, warm, folder, qemu, log, began)
-
-
-def _take_warm(plan: RunPlan, stack: ExitStack) -> WarmImage | None:
-    """The plan's warm image, kept from being pruned until the stack unwinds."""
-    if plan.warm is None:
-        return None
-    from qvm.warm.store import load_warm, using
-
-    warm = load_warm(Path(plan.warm))
-    if warm is None:
-        raise WarmGoneError("the warm image has gone or is damaged")
+    keeper = Keeper(plan, env)
     try:
-        stack.enter_context(using(warm))
-    except HostError as error:
-        raise WarmGoneError(error.message) from error
-    return warm
+        yield Machine(plan, keeper.begin(), began)
+    finally:
+        keeper.end()
 
 
 def discard_warm(folder: Path) -> None:
@@ -358,20 +253,3 @@ def discard_warm(folder: Path) -> None:
     warm = store.load_warm(folder)
     if warm is not None:
         store.discard_warm(warm)
-
-
-def _write_disks(plan: RunPlan, folder: Path) -> None:
-    write_overlay(folder / "root.qcow2", backing=Path(plan.root), backing_format=plan.root_format, size=plan.root_size)
-    if plan.data is not None:
-        write_overlay(folder / "data.qcow2", backing=Path(plan.data), backing_format="qcow2", size=plan.data_size)
-        return
-    from qvm.image.disk import create_data_disk
-
-    create_data_disk(folder / "data.qcow2", plan.data_size)
-
-
-def _write_seed(plan: RunPlan, env: Mapping[str, str], path: Path) -> None:
-    from qvm.seed.iso import write_iso
-    from qvm.seed.render import render_seed
-
-    write_iso(render_seed(seed_data(plan, env)), path)

@@ -18,7 +18,7 @@ from qvm.commands.run_plan import Wish
 from qvm.errors import UsageError
 from qvm.guest.terminal import STUCK_AFTER, StuckKeys
 from qvm.progress import NullProgress
-from qvm.supervisor.throwaway import RunPlan, seed_data
+from qvm.supervisor.runplan import RunPlan, seed_data
 
 CONTEXT = click.Context(click.Command("run"))
 PARAMETER = click.Option(["--timeout"])
