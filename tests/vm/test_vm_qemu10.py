@@ -1,4 +1,4 @@
-"""The same on QEMU 10: boot, mount, exec, port, graceful stop, and the start after it."""
+"""The same on QEMU 10: freeze, fork, mount, exec, port, graceful stop, and the start after it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def modern(user: User, cache_home: Path) -> User:
 
 def test_whole_life_on_qemu_10(modern: User) -> None:
     (modern.work / "index.html").write_text("from the host\n")
-    modern.qvm("start", "ten", "--runtime", "none")
+    told = modern.qvm("start", "ten", "--runtime", "none").stderr
+    assert "restore: done" in told and "starting cold" not in told, "it is a fork"
     assert "10." in modern.qvm("version").stdout
     pid = modern.status("ten")["pid"]
     assert str(Path(modern.env["QVM_QEMU"]).parent) in str(Path(f"/proc/{pid}/exe").readlink())
