@@ -33,7 +33,7 @@ from qvm.runtime.registry import load_runtime
 from qvm.supervisor.bus import Bus
 from qvm.supervisor.disks import undo_fork
 from qvm.supervisor.forking import Fork
-from qvm.supervisor.freezing import Machine
+from qvm.supervisor.freezing import Machine, take_up
 from qvm.supervisor.launching import Launched, boot, connect_monitor, fork, revive
 from qvm.supervisor.link import GuestLink
 from qvm.supervisor.ready import ReadyParts, build_requirements, with_serial
@@ -104,6 +104,7 @@ class Supervisor:
             log.info("adopting QEMU process %d", run.qemu.pid)
             self.run = run
             self.monitor = await connect_monitor(self.files, self.record.uuid)
+            await take_up(self.monitor, self.files)
             await self._make_ready()
             return
         clear_run(self.profile)
