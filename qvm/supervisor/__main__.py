@@ -23,6 +23,8 @@ from qvm.supervisor.saves import saving_handlers
 
 # How long the answer to the last request, and a failed start's reason, can be fetched before the process ends.
 LINGER = 0.3
+# After an end that was asked for, nobody comes any more: only the answer has to leave.
+GOODBYE = 0.02
 
 
 def handlers(supervisor: Supervisor) -> dict[str, Handler]:
@@ -60,7 +62,7 @@ async def supervise(profile: str) -> None:
     async with serve_control(supervisor.files.control_socket, handlers(supervisor)):
         supervisor.begin()
         await supervisor.finished.wait()
-        await asyncio.sleep(LINGER)
+        await asyncio.sleep(GOODBYE if supervisor.phase == "stopping" else LINGER)
 
 
 def await_profile() -> str:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from qvm.arch import find_arch
 from qvm.config.model import Mount
-from qvm.errors import GuestError, InstanceStateError, QvmError
+from qvm.errors import GuestError, HostError, InstanceStateError, QvmError
+from qvm.filenames import Files
 from qvm.guest.channel import AgentChannel
 from qvm.guest.mounts import ensure_mounts, order_mounts
 from qvm.guest.protocol import MountUser
@@ -97,11 +98,11 @@ class Freezer:
                 await self._save(shape)
                 on_top = [NewLayer(name, path) for name, path in new.items()]
                 await blocks.put_on_top(machine.monitor, on_top, features)
-                # Before the machine writes to them, power loss or not: the new layers are its disks.
-                await asyncio.to_thread(_switch_all, disks, new)
+                await self._settle_on(disks, new)
                 self._mark("disks")
             finally:
-                await machine.monitor.resume()
+                if machine.monitor.is_open:
+                    await machine.monitor.resume()
                 self.report.paused = time.monotonic() - began
             self._describe(shape, features, {name: top.name for name, top in tops.items()})
         return self.seal()
@@ -181,6 +182,16 @@ class Freezer:
         self.report.copied = await self._save_ram(shape)
         self._mark("ram")
 
+    async def _settle_on(self, disks: Mapping[str, LayeredDisk], new: Mapping[str, Path]) -> None:
+        """Before the machine writes to them, power loss or not: the new layers are its disks."""
+        try:
+            await asyncio.to_thread(_switch_all, disks, new)
+        except OSError as error:
+            # Nothing has been written to them, so ending it now loses nothing on the disks; going on would.
+            await self.machine.monitor.quit()
+            raise HostError(f"the machine was ended, because its disks could not be recorded: {error.strerror}",
+                            hint="free some space, and start it again") from error
+
     async def _save_ahead(self, shape: RunningShape) -> None:
         """Save what has changed so far while the machine runs: not to be relied on, but then the file has its blocks,
         and writing them a second time, with the machine paused, takes a fraction of the first."""
@@ -213,6 +224,17 @@ class Freezer:
         now = time.monotonic()
         self.report.timings[name] = round(now - self._last, 4)
         self._last = now
+
+
+async def take_up(monitor: Monitor, files: Files) -> None:
+    """Have a machine whose saving was interrupted go on: it may stand still, and write to layers nobody has recorded."""
+    for name, disk in (("root", layers.root_disk(files)), ("data", layers.data_disk(files))):
+        path = Path((await blocks.active_node(monitor, name))["file"])
+        if path.parent == disk.folder and path != layers.newest(disk):
+            log.warning("recording %s as what the machine writes to", path)
+            await asyncio.to_thread(layers.switch, disk, path)
+    if await monitor.status() in ("paused", "postmigrate"):
+        await monitor.resume()
 
 
 def _switch_all(disks: Mapping[str, LayeredDisk], new: Mapping[str, Path]) -> None:

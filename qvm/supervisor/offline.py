@@ -36,6 +36,12 @@ def disks_of(files: Files) -> dict[str, LayeredDisk]:
     return {"root": root_disk(files), "data": data_disk(files)}
 
 
+def refuse_unborn(profile: str) -> None:
+    """InstanceStateError for an instance whose first start was interrupted: its disks are none of its own yet."""
+    if Files(profile).fork_plan.exists():
+        raise InstanceStateError(f"{profile!r} has never run", hint=f"`qvm start {profile}` first")
+
+
 def freeze_disks(files: Files) -> dict[str, str]:
     """What the disks hold now becomes layers that are not written to any more; returns their names."""
     tops: dict[str, str] = {}
@@ -48,6 +54,7 @@ def freeze_disks(files: Files) -> dict[str, str]:
 
 def snapshot_stopped(profile: str, name: str) -> SavedState:
     """A snapshot of the disks, and of the suspended state where there is one, which stays usable."""
+    refuse_unborn(profile)
     files = Files(profile)
     suspended = states.find_state(files.suspended)
     tops = freeze_disks(files)
