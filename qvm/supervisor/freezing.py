@@ -227,7 +227,7 @@ class Freezer:
 
 
 async def take_up(monitor: Monitor, files: Files) -> None:
-    """Have a machine whose saving was interrupted go on: it may stand still, and write to layers nobody has recorded."""
+    """Have a machine whose saving was interrupted go on: it may stand still, on layers that nobody has recorded."""
     for name, disk in (("root", layers.root_disk(files)), ("data", layers.data_disk(files))):
         path = Path((await blocks.active_node(monitor, name))["file"])
         if path.parent == disk.folder and path != layers.newest(disk):
