@@ -300,3 +300,26 @@ print("well")
     done = box.run(str(python), "-c", script)
     assert done.stdout == "well\n"
     assert left(box) == []
+
+
+def test_python_on_a_vm_that_stays(box: User) -> None:
+    script = """
+import qvm
+with qvm.start("stays", runtime="none", env={"FROM": "profile"}, mounts=["none"]) as vm:
+    done = vm.run(["sh", "-c", "pwd; echo $FROM $A; id -un; cat; echo err >&2; exit 3"], cwd="/usr", env={"A": "b"},
+                  input="given")
+    assert (done.exit_code, done.stdout, done.stderr) == (3, "/usr\\nprofile b\\nroot\\ngiven", "err\\n"), done
+    pieces = []
+    done = vm.run(["seq", "100000"], on_stdout=pieces.append, timeout=None)
+    assert done.stdout == "" and b"".join(pieces).count(b"\\n") == 100000 and len(pieces) > 1
+    for code, options in (("guest-command", {"check": True}), ("deadline", {"timeout": 1})):
+        try:
+            vm.run(["sh", "-c", "echo last words; sleep 2; exit 1"], **options)
+            raise SystemExit(code)
+        except qvm.QvmError as error:
+            assert error.code == code and "last words" in error.details, error.to_dict()
+qvm.get("stays").delete(data=True)
+print("well")
+"""
+    done = box.run(str(QVM.with_name("python")), "-c", script, timeout=900)
+    assert done.stdout == "well\n"
