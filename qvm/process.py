@@ -155,20 +155,20 @@ def spawn_detached(
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
     umask: int = -1,
-    stdin: int = subprocess.DEVNULL,
+    stdin: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start a program that outlives us: own session, no terminal, both outputs appended to `log` (0600).
 
-    `umask` is the program's file mode creation mask (-1: ours); without a `log` its output goes nowhere; `stdin` is a
-    descriptor, or subprocess.PIPE.
+    `umask` is the program's file mode creation mask (-1: ours); without a `log` its output goes nowhere; with
+    `stdin` its standard input is a pipe from us.
     """
     words = _strings(argv)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     fd = os.open(os.devnull if log is None else log, flags, 0o600)
     try:
         return subprocess.Popen(
-            words, stdin=stdin, stdout=fd, stderr=fd, start_new_session=True, cwd="/",
-            env=None if env is None else {**os.environ, **env}, pass_fds=tuple(pass_fds), umask=umask,
+            words, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=fd, stderr=fd,
+            start_new_session=True, cwd="/", env=None if env is None else {**os.environ, **env}, pass_fds=tuple(pass_fds), umask=umask,
         )
     except FileNotFoundError as error:
         raise _missing(words) from error

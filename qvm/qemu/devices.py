@@ -224,8 +224,10 @@ def network(spec: InstanceSpec) -> list[str]:
     forward = f"tcp:127.0.0.1:{spec.ssh_port}-:22" if spec.ssh_port else None
     return [
         *option("-netdev", "user", {"id": "net0", "hostfwd": forward}),
-        *option("-device", "virtio-net-pci",
-                {"id": "nic0", **_at(_SLOT_NETWORK), "netdev": "net0", "mac": spec.mac, "romfile": ""}),
+        # A restored guest would announce the MAC that a fork is about to change, and five times wake up for it.
+        *option("-device", "virtio-net-pci", {
+            "id": "nic0", **_at(_SLOT_NETWORK), "netdev": "net0", "mac": spec.mac, "romfile": "", "guest_announce": False,
+        }),
     ]
 
 

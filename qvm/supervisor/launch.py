@@ -5,10 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qvm.errors import DeadlineError, QvmError, error_from_dict
 from qvm.filenames import Files
@@ -16,6 +15,9 @@ from qvm.logtail import tail_of
 from qvm.process import Identity, identify, kill, spawn_detached, wait_gone
 from qvm.supervisor.client import Event, NoSupervisorError, call
 from qvm.wait import Deadline, wait_until
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 LAUNCH_TIMEOUT = 30.0
 STATUS_TIMEOUT = 3.0
@@ -37,9 +39,9 @@ class Prelaunched:
     """
 
     def __init__(self) -> None:
-        self.child = spawn_detached([sys.executable, "-m", "qvm.supervisor"], log=None, stdin=subprocess.PIPE)
+        self.child = spawn_detached([sys.executable, "-m", "qvm.supervisor"], log=None, stdin=True)
 
-    def go(self, profile: str) -> subprocess.Popen[bytes] | None:
+    def go(self, profile: str) -> Popen[bytes] | None:
         """Have it serve `profile`; None where it has died."""
         assert self.child.stdin is not None
         try:
