@@ -29,6 +29,13 @@ async def active_node(monitor: Monitor, disk: str) -> dict[str, Any]:
     raise QemuError(f"the machine has no disk {disk!r}")
 
 
+async def active_file(monitor: Monitor, disk: str) -> Path:
+    """The file a disk writes to, as it was opened; the format node above it may go by a description instead."""
+    below = (await _children(monitor, (await active_node(monitor, disk))["node-name"]))["file"]
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return Path(next(entry["file"] for entry in nodes if entry["node-name"] == below))
+
+
 async def put_on_top(monitor: Monitor, layers: Sequence[NewLayer], features: QemuFeatures) -> None:
     """Have the machine, which is paused, write to new layers from now on: to all of them, or to none (QemuError).
 

@@ -229,7 +229,7 @@ class Freezer:
 async def take_up(monitor: Monitor, files: Files) -> None:
     """Have a machine whose saving was interrupted go on: it may stand still, on layers that nobody has recorded."""
     for name, disk in (("root", layers.root_disk(files)), ("data", layers.data_disk(files))):
-        path = Path((await blocks.active_node(monitor, name))["file"])
+        path = await blocks.active_file(monitor, name)
         if path.parent == disk.folder and path != layers.newest(disk):
             log.warning("recording %s as what the machine writes to", path)
             await asyncio.to_thread(layers.switch, disk, path)

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_qemu_real import UUID, Bench, bench, free_port, idle_kernel  # noqa: F401
+from test_qemu_real import Bench, bench, make_disk  # noqa: F401
 
+from qvm.filenames import Files
 from qvm.image import layers, merge
 from qvm.image.layers import LayeredDisk
-from qvm.instance.spec import Dimm
+from qvm.instance.spec import Dimm, Disk
 from qvm.process import Identity
 from qvm.qemu import blocks
 from qvm.qemu.blocks import NewLayer
@@ -22,6 +23,7 @@ from qvm.qemu.monitor import Monitor
 from qvm.qemu.ram import copy_sparse, find_mapping, save_changed
 from qvm.qemu.shape import host_address, open_file_of, read_shape, save_stream
 from qvm.qemu.state import restore_devices, save_devices
+from qvm.supervisor.freezing import take_up
 from qvm.units import MiB
 
 DISKS = ("root", "data")
@@ -137,6 +139,35 @@ def test_the_pair_of_disks_is_frozen_together_or_not_at_all(bench: Bench) -> Non
     assert not disk.path.is_symlink() and reads(disk.path, 0, 9)
     layers.remove_unused(disk, [])
     assert not disk.folder.exists()
+
+
+def test_a_machine_whose_saving_was_interrupted_is_taken_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    """It stands still, and writes to layers that nobody has recorded."""
+    monkeypatch.setenv("QVM_HOME", str(bench.folder / "q"))
+    files = Files("dev")
+    for path in (files.root_disk, files.data_disk):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_disk(path)
+    bench.spec = replace(bench.spec, disks=(Disk(files.root_disk, "root"), Disk(files.data_disk, "data")))
+    disks = {"root": layers.root_disk(files), "data": layers.data_disk(files)}
+
+    async def story() -> None:
+        monitor = await Monitor.connect(bench.spec.monitor_socket)
+        new = {name: layers.add_layer(disk, layers.frozen_name(disk)) for name, disk in disks.items()}
+        await monitor.pause()
+        await blocks.put_on_top(monitor, [NewLayer(name, path) for name, path in new.items()], bench.features)
+        assert not files.root_disk.is_symlink()
+        await take_up(monitor, files)
+        assert await monitor.status() == "running"
+        assert {name: layers.newest(disk) for name, disk in disks.items()} == new
+        await take_up(monitor, files)
+        await stop_qemu(identity, monitor, force=True)
+        await monitor.close()
+
+    identity = bench.start()
+    asyncio.run(story())
 
 
 MARKS = {5 * MiB: b"in the file", 100 * MiB: b"written since", 200 * MiB: b"at the end"}

@@ -236,6 +236,22 @@ def test_qemu_killed_while_it_is_suspended_starts_cold(dev: User) -> None:
         dev.qvm("resume", "dev")
 
 
+def test_a_supervisor_killed_while_it_saves_leaves_a_machine_that_goes_on(dev: User) -> None:
+    pid = start_worker(dev)
+    saving = dev.popen("snapshot", "create", "dev", "half")
+    partial = Path(dev.env["QVM_HOME"]) / "_instances" / "dev" / "snapshots" / ".half.partial"
+    wait_for(partial.exists, 60, "it began")
+    os.kill(dev.status("dev")["supervisor_pid"], signal.SIGKILL)
+    assert saving.wait(60) != 0
+    dev.qvm("start", "dev")
+    assert worker(dev)[0] == pid
+    assert sh(dev, "dev", "ls /mnt/work") != ""
+    assert json.loads(dev.qvm("snapshot", "list", "dev", "--json").stdout)["result"] == []
+    dev.qvm("snapshot", "create", "dev", "half")
+    dev.qvm("snapshot", "delete", "dev", "half")
+    assert not partial.exists()
+
+
 def test_a_damaged_state_starts_cold_and_says_why(dev: User) -> None:
     dev.qvm("suspend", "dev")
     ram = Path(dev.env["QVM_HOME"]) / "_instances" / "dev" / "suspended" / "ram"
