@@ -35,7 +35,6 @@ from qvm.warm.make import ensure_warm
 from qvm.warm.request import BASE, RUNTIME, build_request, warm_obstacle
 from qvm.warm.store import WarmImage, using
 
-
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 
 
