@@ -167,8 +167,9 @@ def spawn_detached(
     fd = os.open(os.devnull if log is None else log, flags, 0o600)
     try:
         return subprocess.Popen(
-            words, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=fd, stderr=fd,
-            start_new_session=True, cwd="/", env=None if env is None else {**os.environ, **env}, pass_fds=tuple(pass_fds), umask=umask,
+            words, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL, stdout=fd, stderr=fd, cwd="/",
+            start_new_session=True,
+            env=None if env is None else {**os.environ, **env}, pass_fds=tuple(pass_fds), umask=umask,
         )
     except FileNotFoundError as error:
         raise _missing(words) from error

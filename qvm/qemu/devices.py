@@ -226,7 +226,8 @@ def network(spec: InstanceSpec) -> list[str]:
         *option("-netdev", "user", {"id": "net0", "hostfwd": forward}),
         # A restored guest would announce the MAC that a fork is about to change, and five times wake up for it.
         *option("-device", "virtio-net-pci", {
-            "id": "nic0", **_at(_SLOT_NETWORK), "netdev": "net0", "mac": spec.mac, "romfile": "", "guest_announce": False,
+            "id": "nic0", **_at(_SLOT_NETWORK), "netdev": "net0", "mac": spec.mac, "romfile": "",
+            "guest_announce": False,
         }),
     ]
 
