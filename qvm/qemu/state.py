@@ -22,6 +22,12 @@ RESTORE_TIMEOUT = 60.0
 _FILE_URIS = (8, 2, 0)
 
 
+class RestoreError(QemuError):
+    """The saved state is to blame: it does not fit the machine, or is damaged."""
+
+    code = "restore"
+
+
 async def save_devices(monitor: Monitor, path: Path) -> None:
     """Write the device state of a paused machine to `path` (0600). The machine stays paused, its disks its own.
 
@@ -36,7 +42,7 @@ async def restore_devices(
 ) -> None:
     """Load a device state into a machine that was started with `incoming`; it is paused then, not yet running.
 
-    Raises QemuError with QEMU's reason where the state does not fit the machine or is damaged.
+    Raises RestoreError with QEMU's reason where the state does not fit the machine or is damaged.
     """
     outcome: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -57,13 +63,13 @@ async def restore_devices(
             async with asyncio.timeout(timeout):
                 result = await outcome
     except TimeoutError:
-        raise QemuError(f"QEMU did not restore {path.name} within {timeout:g} s") from None
+        raise RestoreError(f"QEMU did not restore {path.name} within {timeout:g} s") from None
     finally:
         monitor.closed.remove_done_callback(end)
     if result == "completed":
         return
     reason = "it ended" if result == "gone" else await _reason(monitor)
-    raise QemuError(f"QEMU could not restore the saved state: {reason}")
+    raise RestoreError(f"QEMU could not restore the saved state: {reason}")
 
 
 async def _source(monitor: Monitor, path: Path, features: QemuFeatures) -> str:

@@ -28,6 +28,7 @@ from qvm.log import get_logger
 from qvm.logtail import tail_of
 from qvm.qemu.machine import ended_by_chance, stop_qemu
 from qvm.qemu.monitor import Monitor
+from qvm.qemu.state import RestoreError
 from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.runtime.registry import load_runtime
 from qvm.supervisor.bus import Bus
@@ -195,7 +196,11 @@ class Supervisor:
     async def _give_up_fork(self, plan: ForkPlan, error: Exception) -> None:
         await self._give_up_restored(f"the warm image could not be used ({explain(error)}): starting cold", error)
         warm = plan.load()
-        if warm is not None:
+        # Whatever else failed (a port taken, a mount that is gone) is not the warm image's fault.
+        blamed = isinstance(error, RestoreError) or (
+            isinstance(error, NotReadyError) and error.requirement in ("agent", "qemu")
+        )
+        if warm is not None and blamed:
             discard_warm(warm)
         await asyncio.to_thread(undo_fork, self.record, self.image, stage=plan.stage)
 
