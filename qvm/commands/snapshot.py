@@ -17,7 +17,7 @@ from qvm.instance.store import find_run, load_record, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor import offline
 from qvm.supervisor.client import call
-from qvm.supervisor.launch import ensure_supervisor
+from qvm.supervisor.launch import Prelaunched, ensure_supervisor
 
 
 def create(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
@@ -50,13 +50,13 @@ def restore(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
     load_record(profile)
     began = time.monotonic()
     notes: list[str] = []
-    with lock_instance(profile, on_wait=progress.note):
+    with Prelaunched() as waiting, lock_instance(profile, on_wait=progress.note):
         _require(profile, name)
         # Nothing of this run is kept, so nobody has to be asked.
         stop_locked(profile, force=True, progress=progress)
         state = offline.restore(profile, name)
         if state.shape is not None:
-            result = start_locked(profile, {}, cwd=Path.cwd(), progress=progress, began=began)
+            result = start_locked(profile, {}, cwd=Path.cwd(), progress=progress, began=began, waiting=waiting)
             notes = result.notes
     return SnapshotResult(profile, name, "restore", time.monotonic() - began, state.shape is not None, notes=notes)
 

@@ -43,9 +43,10 @@ def start(
 
 
 def start_locked(
-    profile: str, flags: Mapping[str, Any], *, cwd: Path, cold: bool = False, progress: Progress, began: float
+    profile: str, flags: Mapping[str, Any], *, cwd: Path, cold: bool = False, progress: Progress, began: float,
+    waiting: Prelaunched | None = None,
 ) -> StartResult:
-    """`start` for a caller that holds the instance's lock."""
+    """`start` for a caller that holds the instance's lock, and may have begun to load a supervisor."""
     record = find_record(profile)
     resolved = resolve_config(
         profile, flags, stored=None if record is None else config_to_dict(record.config), cwd=cwd
@@ -57,11 +58,11 @@ def start_locked(
     clear_run(profile)
     if record is not None:
         check_suspended(record, resolved.config, cold=cold, progress=progress)
-    with Prelaunched() as waiting:
+    with waiting or Prelaunched() as supervisor:
         prepared = prepare(resolved.config, record, cold=cold, progress=progress)
         for note in save_profile(resolved):
             progress.note(note)
-        _boot(profile, waiting=waiting, progress=progress)
+        _boot(profile, waiting=supervisor, progress=progress)
     notes = [*resolved.notes, *prepared.notes]
     return StartResult(profile, True, status(profile), notes, time.monotonic() - began)
 

@@ -14,7 +14,7 @@ from qvm.instance.states import find_state
 from qvm.instance.store import find_run, load_record, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor.client import call
-from qvm.supervisor.launch import ensure_supervisor, wait_supervisor_gone
+from qvm.supervisor.launch import Prelaunched, ensure_supervisor, wait_supervisor_gone
 
 
 def suspend(profile: str, *, progress: Progress) -> SuspendResult:
@@ -53,7 +53,7 @@ def resume(profile: str, *, progress: Progress) -> StartResult:
     """
     load_record(profile)
     began = time.monotonic()
-    with lock_instance(profile, on_wait=progress.note):
+    with Prelaunched() as waiting, lock_instance(profile, on_wait=progress.note):
         if find_run(profile) is None and find_state(Files(profile).suspended) is None:
             raise InstanceStateError(f"{profile!r} is not suspended", hint=f"`qvm start {profile}` starts it")
-        return start_locked(profile, {}, cwd=Path.cwd(), progress=progress, began=began)
+        return start_locked(profile, {}, cwd=Path.cwd(), progress=progress, began=began, waiting=waiting)
