@@ -28,7 +28,7 @@ from qvm.runtime.registry import load_runtime
 from qvm.supervisor import offline
 from qvm.supervisor.assemble import mac_address
 from qvm.supervisor.client import call
-from qvm.supervisor.launch import ensure_supervisor
+from qvm.supervisor.launch import have_ready
 
 
 def clone(source: str, target: str, *, progress: Progress) -> CloneResult:
@@ -104,7 +104,7 @@ def _copy(record: Record, target: str, progress: Progress) -> dict[str, Any]:
             discard_state(folder)
         return {}
     with progress.step(f"copying {source}"):
-        ensure_supervisor(source)
+        have_ready(source)
         report = call(Files(source).control_socket, "copy", timeout=None, name="suspended", folder=str(into))
         state = load_state(into)
         offline.copy_disks(source, target, state.disks)

@@ -17,7 +17,7 @@ from qvm.instance.store import find_run, load_record, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor import offline
 from qvm.supervisor.client import call
-from qvm.supervisor.launch import Prelaunched, ensure_supervisor
+from qvm.supervisor.launch import Prelaunched, have_ready
 
 
 def create(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
@@ -35,7 +35,7 @@ def create(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
             state = offline.snapshot_stopped(profile, name)
             return SnapshotResult(profile, name, "create", time.monotonic() - began, state.shape is not None)
         with progress.step(f"saving {profile}"):
-            ensure_supervisor(profile)
+            have_ready(profile)
             report = call(Files(profile).control_socket, "snapshot", timeout=None, name=name)
         notes = tell_streamed(report, progress)
     return SnapshotResult(profile, name, "create", time.monotonic() - began, True, float(report["paused"]),
@@ -68,7 +68,7 @@ def delete(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
     with lock_instance(profile, on_wait=progress.note):
         state = _require(profile, name)
         if find_run(profile) is not None:
-            ensure_supervisor(profile)
+            have_ready(profile)
             call(Files(profile).control_socket, "forget", timeout=None, name=name)
         else:
             with progress.step("tidying the disks"):

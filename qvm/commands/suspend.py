@@ -14,7 +14,7 @@ from qvm.instance.states import find_state
 from qvm.instance.store import find_run, load_record, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor.client import call
-from qvm.supervisor.launch import Prelaunched, ensure_supervisor, wait_supervisor_gone
+from qvm.supervisor.launch import Prelaunched, have_ready, wait_supervisor_gone
 
 
 def suspend(profile: str, *, progress: Progress) -> SuspendResult:
@@ -30,7 +30,7 @@ def suspend(profile: str, *, progress: Progress) -> SuspendResult:
                 return SuspendResult(profile, False, time.monotonic() - began)
             raise InstanceStateError(f"{profile!r} is not running", hint=f"`qvm start {profile}` starts it")
         with progress.step(f"suspending {profile}"):
-            ensure_supervisor(profile)
+            have_ready(profile)
             report = call(Files(profile).control_socket, "suspend", timeout=None)
             wait_supervisor_gone(profile)
         notes = tell_streamed(report, progress)

@@ -331,8 +331,10 @@ class Supervisor:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
         await self._end_qemu(force=True)
-        await asyncio.to_thread(seal)
-        await self._ended("suspend")
+        try:
+            await asyncio.to_thread(seal)
+        finally:
+            await self._ended("suspend")
 
     async def _end_qemu(self, *, force: bool) -> str:
         run = self.run or find_run(self.profile)  # the latter where we were interrupted right behind its start

@@ -106,6 +106,14 @@ def watch_until_ready(profile: str, on_event: Callable[[Event], None]) -> None:
                        log_path=Files(profile).supervisor_log)
 
 
+def have_ready(profile: str) -> None:
+    """Have a supervisor whose instance is up: one that is still starting, or adopting QEMU, is waited for."""
+    ensure_supervisor(profile)
+    served = find_status(profile)
+    if served is not None and served["phase"] == "starting":
+        watch_until_ready(profile, lambda event: None)
+
+
 def supervisor_identity(profile: str) -> Identity | None:
     """The process that holds the supervisor's lock; None where nobody does."""
     path = Files(profile).supervisor_lock
