@@ -64,6 +64,7 @@ async def fork(record: Record, image: Image, plan: ForkPlan) -> tuple[Launched, 
     with using(warm):
         features, own = await _plan_machine(record, image)
         launched = await _start(record, build_fork_spec(warm, own), features)
+        _note_restore(files, f"a fork of the warm image {warm.key} ({warm.title})")
         try:
             await restore_fork(launched.monitor, warm, features)
         except BaseException:
@@ -82,6 +83,7 @@ async def revive(record: Record, image: Image, state: SavedState) -> Launched:
     files = Files(record.config.profile)
     features, own = await _plan_machine(record, image)
     launched = await _start(record, state_spec(own, state, files.suspended, features), features)
+    _note_restore(files, "its own")
     try:
         await restore_devices(launched.monitor, files.suspended / DEVICES, features)
         await asyncio.to_thread(consume_state, files.suspended)
@@ -112,3 +114,9 @@ async def _start(record: Record, spec: InstanceSpec, features: QemuFeatures) -> 
     run = Run(identity, record.ssh_port, record.accel, time.time())
     save_run(record.config.profile, run)
     return Launched(run, await connect_monitor(files, record.uuid), time.monotonic() - began)
+
+
+def _note_restore(files: Files, what: str) -> None:
+    """Say in the console's log why it has no boot in it."""
+    with files.serial_log.open("a") as log_file:
+        log_file.write(f"qvm: {time.strftime('%Y-%m-%dT%H:%M:%S')} this machine goes on from a saved state: {what}\n")
