@@ -64,6 +64,8 @@ async def restore_devices(
                 result = await outcome
     except TimeoutError:
         raise RestoreError(f"QEMU did not restore {path.name} within {timeout:g} s") from None
+    except QemuError as error:
+        raise RestoreError(f"QEMU could not restore the saved state: {error.message}") from error
     finally:
         monitor.closed.remove_done_callback(end)
     if result == "completed":
@@ -80,5 +82,9 @@ async def _source(monitor: Monitor, path: Path, features: QemuFeatures) -> str:
 
 
 async def _reason(monitor: Monitor) -> str:
-    answer = await monitor.execute("query-migrate")
+    """Why it failed, as QEMU has it, which may end while it is being asked."""
+    try:
+        answer = await monitor.execute("query-migrate")
+    except QemuError:
+        return "it does not fit the machine, or is damaged (`qvm logs supervisor` has QEMU's words)"
     return str(answer.get("error-desc", "it did not say why"))

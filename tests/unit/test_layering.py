@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,3 +107,11 @@ def test_what_runs_in_the_guest_needs_the_standard_library_alone() -> None:
         if name.partition(".")[0] not in standard
     ]
     assert wrong == []
+
+
+def test_every_room_is_in_the_wheel() -> None:
+    """A checkout works without; an installation does not."""
+    packages = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(REPOSITORY).parts) for path in python_files("qvm")}
+    plugins = {"qvm_" + ".".join(path.parent.relative_to(REPOSITORY).parts) for path in python_files("runtimes")}
+    assert folders | plugins <= set(packages)
