@@ -44,7 +44,8 @@ def _files(files: Files, lines: int, *, follow: bool) -> Iterator[str]:
 
 
 def _journal(files: Files, units: tuple[str, ...], lines: int) -> Iterator[str]:
-    argv = ["journalctl", "--no-pager", "-b", "-n", str(lines), *(f"--unit={unit}" for unit in units)]
+    # Not `-b`: what a fork's runtime said while the warm image booted belongs to another boot id, and is of interest.
+    argv = ["journalctl", "--no-pager", "-n", str(lines), *(f"--unit={unit}" for unit in units)]
     answer = call(files.control_socket, "exec", argv=argv, timeout=90.0, exec_timeout=80.0)
     yield from (str(answer["stdout"]) or str(answer["stderr"])).splitlines()
 

@@ -203,8 +203,8 @@ class AgentChannel(AgentWire):
 
     async def watch_listeners(self) -> tuple[tuple[str, int], ...]:
         """From now on `listeners` events come and `listeners` is kept; the first event is this answer."""
+        self._watching = True  # a new session, also one that begins right now, asks again
         answer = await self.request("listeners", timeout=30.0)
-        self._watching = True
         self._on_event({"event": "listeners", "tcp": answer["tcp"]})
         return self.listeners
 

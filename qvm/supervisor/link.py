@@ -62,6 +62,7 @@ class GuestLink:
         self._on_new_session = on_new_session
         self._opened = False
         self._again: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
         self._ssh = SshConnection(ssh)
         self.channel = AgentChannel(on_event=self._on_agent_event)
         self.streams = StreamMux(self.channel)
@@ -84,10 +85,22 @@ class GuestLink:
         return await self.channel.hello(timeout=timeout)
 
     async def begin_service(self) -> None:
-        """Streams and listener reports, and from now on a new session of the agent is taken up by itself."""
+        """Streams, and from now on a new session of the agent is taken up by itself.
+
+        Listener reports begin beside what comes next: the first one reads CNI's and the kernel's tables, which takes a
+        restored guest 0.2 s, and a runtime's socket need not wait for it.
+        """
         await self.streams.connect(self._files.stream_socket)
-        await self.channel.watch_listeners()
+        self._listening = asyncio.create_task(self._watch_listeners(), name="listeners")
         self._opened = True
+
+    async def _watch_listeners(self) -> None:
+        try:
+            await self.channel.watch_listeners()
+        except QvmError as error:
+            # Where the agent starts anew meanwhile, its new session asks again.
+            log.warning("the guest's listeners are not watched: %s", error)
+            self._publish("note", text=f"ports are not forwarded: {error.message}")
 
     async def open_sockets(self, wanted: Sequence[HostSocket]) -> None:
         for socket in wanted:
@@ -128,9 +141,10 @@ class GuestLink:
         return {forwarder.host_path.stem: str(forwarder.host_path) for forwarder in self._sockets}
 
     async def close(self) -> None:
-        if self._again is not None:
-            self._again.cancel()
-            await asyncio.gather(self._again, return_exceptions=True)
+        for task in (self._again, self._listening):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         for forwarder in self._sockets:
             await forwarder.close()
         self._sockets = []
