@@ -23,6 +23,7 @@ from pathlib import Path
 from common import QVM, machine, row, run, scratch_home, summary, timed
 
 from qvm.supervisor.client import call
+from qvm.supervisor.throwaway import Machine
 
 
 def milliseconds(values: list[float]) -> str:
@@ -109,13 +110,18 @@ def measure_runs(arguments: argparse.Namespace, env: dict[str, str]) -> None:
     row("    fork to agent answering (spawn + restore + agent)", milliseconds(agent), "goal 400 ms")
 
 
+async def come_up(machine: Machine, answered: list[float]) -> None:
+    await machine.bring_up({})
+    answered.append(time.perf_counter())
+
+
 def measure_together(arguments: argparse.Namespace, env: dict[str, str]) -> None:
     """Forks at the same moment: until the last one's agent has answered; then what memory they share."""
     from qvm.commands.run_plan import Wish, plan_run
     from qvm.progress import NullProgress
     from qvm.supervisor.throwaway import launch
 
-    plan = plan_run(Wish(flags={"mounts": ("none",)}, cwd=Path("/")), progress=NullProgress())
+    plan, _ = plan_run(Wish(flags={"mounts": ("none",)}, cwd=Path("/")), progress=NullProgress())
     used: dict[int, float] = {}
     for count in (2, arguments.forks, 10):
         barrier, answered, ends = threading.Barrier(count + 1), [], threading.Event()
@@ -123,8 +129,7 @@ def measure_together(arguments: argparse.Namespace, env: dict[str, str]) -> None
         def one(barrier: threading.Barrier, answered: list[float], ends: threading.Event) -> None:
             barrier.wait()
             with launch(plan, {}) as machine:
-                asyncio.run(machine.bring_up({}))
-                answered.append(time.perf_counter())
+                asyncio.run(come_up(machine, answered))
                 ends.wait()
 
         threads = [threading.Thread(target=one, args=(barrier, answered, ends)) for _ in range(count)]

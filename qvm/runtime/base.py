@@ -56,6 +56,9 @@ class HostSocket:
 
     name: str
     guest_path: PurePosixPath
+    rehearsal: bytes = b""
+    """What a client may ask first, answered by a connection of its own that ends. Said once, unheard, to a runtime that
+    goes on from a saved state: emulated code that has not run since is slow the first time."""
 
 
 @dataclass(frozen=True, slots=True)

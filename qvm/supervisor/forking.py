@@ -67,6 +67,8 @@ class Fork:
         mark.done("seed")
         notes = await required("runtime", self._take_over_runtime(), "the runtime could not be taken over")
         await self.link.begin_service()
+        if self.warm.stage == RUNTIME:
+            self.link.rehearse(self.runtime.sockets)
         if self.runtime.name != "none":
             mark.done("runtime")
         return notes

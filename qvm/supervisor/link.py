@@ -22,6 +22,7 @@ from qvm.runtime.base import HostSocket
 log = get_logger(__name__)
 
 SHUTDOWN_ASK_TIMEOUT = 5.0
+REHEARSAL_TIMEOUT = 10.0
 
 
 class PreferStreams:
@@ -63,6 +64,7 @@ class GuestLink:
         self._opened = False
         self._again: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._rehearsals: set[asyncio.Task[None]] = set()
         self._ssh = SshConnection(ssh)
         self.channel = AgentChannel(on_event=self._on_agent_event)
         self.streams = StreamMux(self.channel)
@@ -93,6 +95,27 @@ class GuestLink:
         await self.streams.connect(self._files.stream_socket)
         self._listening = asyncio.create_task(self._watch_listeners(), name="listeners")
         self._opened = True
+
+    def rehearse(self, wanted: Sequence[HostSocket]) -> None:
+        """Have restored runtimes answer once, beside what else is to be done, so that the user's first is not slow."""
+        for socket in wanted:
+            if socket.rehearsal:
+                task = asyncio.create_task(self._rehearse(socket), name=f"rehearse {socket.name}")
+                self._rehearsals.add(task)
+                task.add_done_callback(self._rehearsals.discard)
+
+    async def _rehearse(self, socket: HostSocket) -> None:
+        try:
+            async with asyncio.timeout(REHEARSAL_TIMEOUT):
+                connection = await self.streams.open_unix(str(socket.guest_path))
+                try:
+                    await connection.send(socket.rehearsal)
+                    while await connection.recv():
+                        pass
+                finally:
+                    await connection.close()
+        except (QvmError, TimeoutError) as error:
+            log.info("the rehearsal of %s: %s", socket.name, error)  # whoever asks next hears the same, in earnest
 
     async def _watch_listeners(self) -> None:
         try:
@@ -141,7 +164,7 @@ class GuestLink:
         return {forwarder.host_path.stem: str(forwarder.host_path) for forwarder in self._sockets}
 
     async def close(self) -> None:
-        for task in (self._again, self._listening):
+        for task in (self._again, self._listening, *self._rehearsals):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

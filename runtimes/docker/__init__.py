@@ -46,7 +46,7 @@ if command -v usermod >/dev/null; then usermod -aG docker "$1"; else addgroup "$
 class Docker(Runtime):
     name = "docker"
     summary = "dockerd in the VM, with a docker context on the host"
-    sockets = (HostSocket("docker", PurePosixPath("/run/docker.sock")),)
+    sockets = (HostSocket("docker", PurePosixPath("/run/docker.sock"), rehearsal=b"GET /info HTTP/1.0\r\n\r\n"),)
     # Images are in /var/lib/containerd where the profile turns the containerd image store on.
     data_folders = (PurePosixPath("/var/lib/docker"), PurePosixPath("/var/lib/containerd"))
     commands = {"docker": ("docker",)}  # noqa: RUF012  # a constant of the class, as the contract has it
