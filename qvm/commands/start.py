@@ -20,7 +20,7 @@ from qvm.instance.record import Record, config_to_dict
 from qvm.instance.store import clear_run, find_record, find_run, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor.client import Event
-from qvm.supervisor.launch import Prelaunched, ensure_supervisor, wait_supervisor_gone, watch_until_ready
+from qvm.supervisor.launch import Prelaunched, ensure_supervisor, wait_settled, wait_supervisor_gone, watch_until_ready
 
 
 def start(
@@ -51,6 +51,8 @@ def start_locked(
     resolved = resolve_config(
         profile, flags, stored=None if record is None else config_to_dict(record.config), cwd=cwd
     )
+    if record is not None:
+        wait_settled(profile)
     if record is not None and find_run(profile) is not None:
         return _join_running(record, resolved, progress=progress, began=began)
     for note in resolved.notes:

@@ -6,15 +6,17 @@ import fcntl
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from qvm.errors import DeadlineError, QvmError, error_from_dict
 from qvm.filenames import Files
+from qvm.instance.store import find_run
 from qvm.logtail import tail_of
 from qvm.process import Identity, identify, kill, spawn_detached, wait_gone
 from qvm.supervisor.client import Event, NoSupervisorError, call
-from qvm.wait import Deadline, wait_until
+from qvm.wait import Deadline, backoff, wait_until
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -136,6 +138,20 @@ def wait_supervisor_gone(profile: str) -> None:
     identity = supervisor_identity(profile)
     if identity is not None and not wait_gone(identity, Deadline(GOODBYE_TIMEOUT)):
         end_stuck_supervisor(profile)
+
+
+def wait_settled(profile: str) -> None:
+    """Where a supervisor lives but no QEMU of its does, wait until one of the two has changed: it is about to end, and
+    must not be taken for the one that a start needs, or it boots the machine anew. One that hangs there is ended.
+    """
+    deadline = Deadline(GOODBYE_TIMEOUT)
+    for pause in backoff(most=0.1):
+        if find_run(profile) is not None or supervisor_identity(profile) is None:
+            return
+        if deadline.passed:
+            end_stuck_supervisor(profile)
+            return
+        time.sleep(pause)
 
 
 def end_stuck_supervisor(profile: str) -> None:
