@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 Event = dict[str, Any]
+T = TypeVar("T")
 Subscriber = Callable[[Event], None]
 
 CONNECT_TIMEOUT = 10.0
@@ -103,6 +104,32 @@ class Monitor:
     async def wait_closed(self) -> str:
         """Wait for the conversation's end; any number of callers, each may be cancelled."""
         return await asyncio.shield(self.closed)
+
+    async def unless_closed(
+        self, work: Awaitable[T], ended: Callable[[], Exception], *, patience: float | None = None
+    ) -> T:
+        """Await `work`, but not past QEMU's own end, which raises what `ended` returns: a dead QEMU fails at once, not
+        at a deadline.
+
+        A QEMU that dies takes the agent's channel along, and its own end may be heard later: work that has failed is
+        held back for up to `patience` seconds (None: not at all), and the end is raised where it comes meanwhile.
+        """
+        working = asyncio.ensure_future(work)
+        end = asyncio.ensure_future(self.wait_closed())
+        try:
+            await asyncio.wait({working, end}, return_when=asyncio.FIRST_COMPLETED)
+            failed = working.done() and not working.cancelled() and working.exception() is not None
+            if failed and patience is not None:
+                await asyncio.wait({end}, timeout=patience)
+                if end.done():
+                    raise ended()
+            if not working.done():
+                raise ended()
+            return await working
+        finally:
+            for task in (working, end):
+                task.cancel()
+            await asyncio.gather(working, end, return_exceptions=True)
 
     @property
     def is_open(self) -> bool:

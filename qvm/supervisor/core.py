@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qvm.errors import InstanceStateError, NotReadyError, QvmError
 from qvm.filenames import Files
@@ -44,6 +44,7 @@ from qvm.warm.request import RUNTIME
 from qvm.warm.store import discard_warm
 
 log = get_logger(__name__)
+T = TypeVar("T")
 
 POWERDOWN_TIMEOUT = 90.0
 """Seconds the guest gets to shut down by itself; containers may take their own grace time."""
@@ -262,25 +263,12 @@ class Supervisor:
         await self.runtime.start(link.channel, self.context)
         self.bus.publish("note", text="the guest started anew")
 
-    async def _unless_qemu_ends(self, work: Any) -> Any:
-        """Await `work`, but not past QEMU's own end: a dead QEMU fails the start at once, not at a deadline."""
+    async def _unless_qemu_ends(self, work: Awaitable[T]) -> T:
         assert self.monitor is not None
-        working = asyncio.ensure_future(work)
-        ended = asyncio.ensure_future(self.monitor.wait_closed())
-        try:
-            await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
-            failed = working.done() and not working.cancelled() and working.exception() is not None
-            if failed:  # a QEMU that dies takes the agent's channel along, and its own end may be heard later
-                await asyncio.wait({ended}, timeout=QEMU_END_PATIENCE)
-            if not working.done() or (failed and ended.done()):
-                raise NotReadyError("qemu", "QEMU ended while the guest was starting",
-                                    hint="see `qvm logs supervisor` and `qvm logs serial`",
-                                    details=tail_of(self.files.qemu_log) or None, log_path=self.files.qemu_log)
-            return await working
-        finally:
-            for task in (working, ended):
-                task.cancel()
-            await asyncio.gather(working, ended, return_exceptions=True)
+        return await self.monitor.unless_closed(work, lambda: NotReadyError(
+            "qemu", "QEMU ended while the guest was starting", hint="see `qvm logs supervisor` and `qvm logs serial`",
+            details=tail_of(self.files.qemu_log) or None, log_path=self.files.qemu_log,
+        ), patience=QEMU_END_PATIENCE)  # fmt: skip
 
     def _on_requirement(self, name: str, state: str, seconds: float) -> None:
         self.requirements[name] = state

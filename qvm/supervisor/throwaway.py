@@ -88,10 +88,11 @@ class Machine:
         monitor = await self._connect_monitor()
         self.done("spawn")
         if self._warm is None:
-            await self._unless_qemu_ends(self._boot())
+            await monitor.unless_closed(self._boot(), self._ended_early)
         else:
             try:
-                await self._unless_qemu_ends(self._fork(self._warm, QemuFeatures.from_dict(self.plan.features), env))
+                features = QemuFeatures.from_dict(self.plan.features)
+                await monitor.unless_closed(self._fork(self._warm, features, env), self._ended_early)
             except _SetupError:
                 raise
             except QvmError as error:
@@ -195,23 +196,6 @@ class Machine:
 
         folder = self._folder.path
         return load_runtime(self.plan.runtime), RuntimeContext("run", folder, folder, str(self.plan.user["name"]))
-
-    async def _unless_qemu_ends(self, work: Any) -> None:
-        """Await `work`, but not past QEMU's end."""
-        import asyncio
-
-        assert self._monitor is not None
-        working = asyncio.ensure_future(work)
-        ended = asyncio.ensure_future(self._monitor.wait_closed())
-        try:
-            await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise self._ended_early()
-            await working
-        finally:
-            for task in (working, ended):
-                task.cancel()
-            await asyncio.gather(working, ended, return_exceptions=True)
 
     def start(self, argv: Sequence[str], *, stdin: bool, tty: TtySize | None = None, input: bytes | None = None,
               cwd: str | None = None) -> GuestProcess:

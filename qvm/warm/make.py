@@ -167,21 +167,16 @@ class _Maker:
         return version
 
     async def _await_hello(self, channel: AgentChannel, monitor: Monitor, spec: InstanceSpec) -> None:
-        hello = asyncio.ensure_future(channel.hello(timeout=BOOT_TIMEOUT))
-        ended = asyncio.ensure_future(monitor.wait_closed())
-        try:
-            await asyncio.wait({hello, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not hello.done():
-                raise NotReadyError("qemu", "QEMU ended while the warm image booted", log_path=self.folder / "qemu.log",
-                                    details=tail_of(self.folder / "qemu.log") or None)
+        async def hello() -> None:
             try:
-                await hello
+                await channel.hello(timeout=BOOT_TIMEOUT)
             except QvmError as error:
                 raise NotReadyError("agent", error.message, details=tail_of(spec.serial_log) or None) from error
-        finally:
-            for task in (hello, ended):
-                task.cancel()
-            await asyncio.gather(hello, ended, return_exceptions=True)
+
+        log = self.folder / "qemu.log"
+        await monitor.unless_closed(hello(), lambda: NotReadyError(
+            "qemu", "QEMU ended while the warm image booted", log_path=log, details=tail_of(log) or None
+        ))  # fmt: skip
 
     async def _start_runtime(self, channel: AgentChannel) -> str:
         if self.request.stage != RUNTIME:
