@@ -8,22 +8,12 @@ import click
 
 from qvm.cli import render
 from qvm.cli.invocation import Invocation, common_options
-from qvm.cli.lazy import suggest
+from qvm.cli.lazy import AliasGroup
 from qvm.cli.options import complete_image, some_setting_options, take_flags
 from qvm.cli.output import emit
 from qvm.config.settings import BY_KEY
 
 _ALIASES = {"ls": "list", "remove": "rm", "fetch": "pull"}
-
-
-class ImageGroup(click.Group):
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        word = _ALIASES.get(args[0], args[0])
-        if not word.startswith("-") and word not in self.commands:
-            raise click.UsageError(f"unknown verb {args[0]!r}{suggest(word, list(self.commands))}", ctx)
-        return super().resolve_command(ctx, [word, *args[1:]])
 
 
 _name = click.argument("name", metavar="[IMAGE]", required=False, shell_complete=complete_image)
@@ -39,7 +29,7 @@ def _default_image() -> str:
     return BY_KEY["image"].default_text
 
 
-@click.group(cls=ImageGroup, no_args_is_help=False, epilog="Example: qvm image list")
+@click.group(cls=AliasGroup, aliases=_ALIASES, no_args_is_help=False, epilog="Example: qvm image list")
 def image() -> None:
     """List, build, fetch and remove images."""
 

@@ -65,6 +65,22 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
 
+class AliasGroup(click.Group):
+    """A verb with verbs of its own, some of which have other words too."""
+
+    def __init__(self, *, aliases: Mapping[str, str], **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.aliases = aliases
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = self.aliases.get(args[0], args[0])
+        if not word.startswith("-") and word not in self.commands:
+            raise click.UsageError(f"unknown verb {args[0]!r}{suggest(word, list(self.commands))}", ctx)
+        return super().resolve_command(ctx, [word, *args[1:]])
+
+
 def suggest(word: str, known: Sequence[str]) -> str:
     """"; did you mean X?" where something near is known, else nothing."""
     from difflib import get_close_matches

@@ -10,7 +10,7 @@ import click
 
 from qvm.cli import render
 from qvm.cli.invocation import Invocation, common_options, complete_profile
-from qvm.cli.lazy import suggest
+from qvm.cli.lazy import AliasGroup
 from qvm.cli.output import emit
 from qvm.errors import UsageError
 from qvm.units import format_duration, format_size
@@ -61,17 +61,7 @@ def clone(invocation: Invocation, /, *, source: str, target: str) -> None:
     emit(invocation, result, render_clone, essential=False)
 
 
-class SnapshotGroup(click.Group):
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        word = _ALIASES.get(args[0], args[0])
-        if not word.startswith("-") and word not in self.commands:
-            raise click.UsageError(f"unknown verb {args[0]!r}{suggest(word, list(self.commands))}", ctx)
-        return super().resolve_command(ctx, [word, *args[1:]])
-
-
-@click.group(cls=SnapshotGroup, no_args_is_help=False, epilog="Example: qvm snapshot create dev before")
+@click.group(cls=AliasGroup, aliases=_ALIASES, no_args_is_help=False, epilog="Example: qvm snapshot create dev before")
 def snapshot() -> None:
     """Keep moments of a VM and go back to them."""
 
