@@ -29,8 +29,7 @@ from qvm.runtime.registry import load_runtime
 from qvm.seed.iso import write_iso
 from qvm.seed.render import render_seed
 from qvm.supervisor.assemble import build_seed, mac_address
-from qvm.supervisor.disks import ensure_disks, prepare_fork
-from qvm.warm.fork import find_plan
+from qvm.supervisor.disks import drop_unused_fork, ensure_disks, prepare_fork
 from qvm.warm.make import ensure_warm
 from qvm.warm.request import BASE, RUNTIME, build_request, warm_obstacle
 from qvm.warm.store import WarmImage, using
@@ -105,18 +104,6 @@ def obtain_warm(
             reason = error.message
     progress.note(f"starting cold: {reason}")
     return None
-
-
-def drop_unused_fork(profile: str) -> None:
-    """Forget the disks of a fork that never ran (its start was interrupted): they are made anew from what fits now."""
-    files = Files(profile)
-    plan = find_plan(files.fork_plan)
-    if plan is None:
-        return
-    files.root_disk.unlink(missing_ok=True)
-    if plan.stage == RUNTIME:
-        files.data_disk.unlink(missing_ok=True)
-    files.fork_plan.unlink()
 
 
 def obtain_image(config: Config, record: Record | None, arch: Arch, *, progress: Progress) -> Image:

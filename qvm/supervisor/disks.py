@@ -9,7 +9,7 @@ from qvm.image.disk import create_data_disk, create_overlay, disk_info, resize_d
 from qvm.image.store import Image
 from qvm.instance.record import Record
 from qvm.instance.states import find_state
-from qvm.warm.fork import create_fork_disks, save_plan
+from qvm.warm.fork import create_fork_disks, find_plan, save_plan
 from qvm.warm.request import RUNTIME
 from qvm.warm.store import WarmImage, pin
 
@@ -46,12 +46,24 @@ def prepare_fork(record: Record, warm: WarmImage) -> None:
 def undo_fork(record: Record, image: Image, *, stage: str) -> None:
     """Put disks for a cold start in the place of those a failed fork may have touched; a data disk that was there
     before it is kept."""
-    files = Files(record.config.profile)
-    files.fork_plan.unlink(missing_ok=True)
+    _remove_fork_disks(Files(record.config.profile), stage)
+    ensure_disks(record, image)
+
+
+def drop_unused_fork(profile: str) -> None:
+    """Forget the disks of a fork that never ran (its start was interrupted): they are made anew from what fits now."""
+    files = Files(profile)
+    plan = find_plan(files.fork_plan)
+    if plan is not None:
+        _remove_fork_disks(files, plan.stage)
+
+
+def _remove_fork_disks(files: Files, stage: str) -> None:
+    """Remove what `prepare_fork` made; the plan last, so that an interrupted removal is taken up again."""
     files.root_disk.unlink(missing_ok=True)
     if stage == RUNTIME:
         files.data_disk.unlink(missing_ok=True)
-    ensure_disks(record, image)
+    files.fork_plan.unlink(missing_ok=True)
 
 
 def _grow(path: Path, size: int) -> None:

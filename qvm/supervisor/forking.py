@@ -55,13 +55,7 @@ class Fork:
         Raises NotReadyError naming the requirement that failed. Nothing of the user has run by then.
         """
         mark = Stopwatch(tell)
-        # The greeting waits in the guest's device when the guest wakes up.
-        greeting = asyncio.ensure_future(self.link.greet(timeout=HELLO_TIMEOUT))
-        try:
-            await self.monitor.resume()
-            await required("agent", greeting, "the restored guest does not answer")
-        finally:
-            greeting.cancel()
+        await wake(self.link, self.monitor)
         mark.done("agent")
         await required("seed", self._become_own(), "the guest could not be given its identity")
         mark.done("seed")
@@ -126,6 +120,16 @@ async def plug_memory(monitor: Monitor, name: str, size: int) -> None:
 
 def _virtual_size(path: Path) -> int:
     return disk_info(path).virtual_size
+
+
+async def wake(link: GuestLink, monitor: Monitor) -> None:
+    """Let a restored guest run, and wait for its agent; the greeting is in its device when it wakes up."""
+    greeting = asyncio.ensure_future(link.greet(timeout=HELLO_TIMEOUT))
+    try:
+        await monitor.resume()
+        await required("agent", greeting, "the restored guest does not answer")
+    finally:
+        greeting.cancel()
 
 
 async def required(name: str, work: Awaitable[T], message: str) -> T:

@@ -22,7 +22,7 @@ from qvm.qemu.monitor import Monitor
 from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.seed.render import fork_document
 from qvm.supervisor.assemble import build_seed
-from qvm.supervisor.forking import HELLO_TIMEOUT, IDENTITY_TIMEOUT, Stopwatch, required
+from qvm.supervisor.forking import IDENTITY_TIMEOUT, Stopwatch, required, wake
 from qvm.supervisor.link import GuestLink
 from qvm.supervisor.ready import start_runtime
 
@@ -64,12 +64,7 @@ class Revival:
         Raises NotReadyError naming the requirement that failed.
         """
         mark = Stopwatch(tell)
-        greeting = asyncio.ensure_future(self.link.greet(timeout=HELLO_TIMEOUT))
-        try:
-            await self.monitor.resume()
-            await required("agent", greeting, "the restored guest does not answer")
-        finally:
-            greeting.cancel()
+        await wake(self.link, self.monitor)
         mark.done("agent")
         await required("clock", self._be_of_now(), "the guest could not be brought up to date")
         mark.done("clock")

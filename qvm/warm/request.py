@@ -61,7 +61,7 @@ class WarmRequest:
         return f"{self.image.name}{what} ({self.arch.name}, {self.cpus} CPUs, {self.memory // MiB} MiB)"
 
 
-def choose_memory(wanted: int, arch: Arch, accel: str) -> int:
+def choose_memory(wanted: int, arch: Arch) -> int:
     """The memory of the warm image that serves `wanted` bytes: the common size where the rest can be plugged in."""
     rest = wanted - COMMON_MEMORY
     if arch is X86_64 and 0 <= rest <= PLUGGABLE_MEMORY and rest % MEMORY_BLOCK == 0:
@@ -79,7 +79,7 @@ def build_request(
     """The warm image that a profile forks from. The base stage starts no runtime, so it is the same for all."""
     return WarmRequest(
         image=image, arch=arch, features=features, accel=accel, runtime=runtime, stage=stage, cpus=config.cpus,
-        memory=choose_memory(config.memory, arch, accel), mount_slots=choose_mount_slots(len(config.mounts)),
+        memory=choose_memory(config.memory, arch), mount_slots=choose_mount_slots(len(config.mounts)),
     )
 
 
