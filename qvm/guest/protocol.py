@@ -1,4 +1,4 @@
-"""What host and agent say to each other. `cloud-init/agent.py` is the other side and follows this page.
+"""What host and agent say to each other. `cloud-init/agent/` is the other side and follows this page.
 
 The control channel
 ===================

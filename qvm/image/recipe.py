@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qvm import paths
+from qvm.agentbundle import agent_source
 from qvm.arch import ALL, Arch
 from qvm.errors import ImageError
 from qvm.units import parse_size
@@ -145,7 +146,6 @@ def baked_files() -> list[BakedFile]:
     found = {f"/{path.relative_to(root).as_posix()}": path for path in sorted(root.rglob("*"))
              if path.is_file() and not path.name.startswith(".")}
     guest = paths.share_dir("cloud-init")
-    found["/usr/lib/qvm/agent.py"] = guest / "agent.py"
     found["/usr/lib/systemd/system/qvm-agent.service"] = guest / "qvm-agent.service"
     files = []
     for target, source in sorted(found.items()):
@@ -154,7 +154,8 @@ def baked_files() -> list[BakedFile]:
         except OSError as error:
             raise ImageError(f"cannot read {source}: {error.strerror}") from error
         files.append(BakedFile(target, 0o755 if data.startswith(b"#!") else 0o644, data))
-    return files
+    files.append(BakedFile("/usr/lib/qvm/agent.py", 0o644, agent_source()))
+    return sorted(files, key=lambda file: file.path)
 
 
 def init_script() -> bytes:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from qvm import paths
+from qvm.agentbundle import agent_source
 from qvm.errors import ConfigError
 from qvm.seed.data import SeedData, validate_seed
 
@@ -44,7 +45,7 @@ def load_templates() -> Templates:
         meta_data=(folder / "meta-data.yaml").read_text(),
         user_data=(folder / "user-data.yaml").read_text(),
         network_config=(folder / "network-config.yaml").read_text(),
-        agent=(folder / "agent.py").read_bytes(),
+        agent=agent_source(),
         installer=(folder / "install-agent.sh").read_bytes(),
         unit=(folder / "qvm-agent.service").read_bytes(),
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
+from qvm.agentbundle import agent_source
 from qvm.errors import QvmError
 from qvm.filenames import Files
 from qvm.guest.channel import AgentChannel
@@ -16,7 +17,6 @@ from qvm.guest.sockets import SocketForwarder
 from qvm.guest.ssh import SshConnection, SshTarget
 from qvm.guest.streams import StreamMux
 from qvm.log import get_logger
-from qvm.paths import share_dir
 from qvm.runtime.base import HostSocket
 
 log = get_logger(__name__)
@@ -68,15 +68,17 @@ class GuestLink:
         self._ssh = SshConnection(ssh)
         self.channel = AgentChannel(on_event=self._on_agent_event)
         self.streams = StreamMux(self.channel)
-        self._dialer = PreferStreams(self.streams, self._ssh)
-        self._forwarder = PortForwarder(self._dialer, ignore={22, ssh.port}, on_event=self._on_forward)
+        self.dialer = PreferStreams(self.streams, self._ssh)
+        self._forwarder = PortForwarder(self.dialer, ignore={22, ssh.port}, on_event=self._on_forward)
         self._sockets: list[SocketForwarder] = []
+        self._listeners: list[tuple[str, int]] = []
+        self._extra_listeners: list[tuple[str, int]] = []
 
     async def open(self) -> None:
         """Connect and begin: agent up to date, clock right, streams and listener reports running."""
         hello = await self.greet(timeout=None)
         log.info("the agent answered %.1f s after its kernel started", hello.uptime)
-        if await self.channel.update((share_dir("cloud-init") / "agent.py").read_bytes()):
+        if await self.channel.update(agent_source()):
             log.info("the guest's agent was another version and has been replaced")
         await self.channel.set_clock()
         await self.begin_service()
@@ -127,15 +129,31 @@ class GuestLink:
 
     async def open_sockets(self, wanted: Sequence[HostSocket]) -> None:
         for socket in wanted:
-            forwarder = SocketForwarder(self._files.host_socket(socket.name), str(socket.guest_path), self._dialer)
+            forwarder = SocketForwarder(self._files.host_socket(socket.name), str(socket.guest_path), self.dialer)
             await forwarder.start()
             self._sockets.append(forwarder)
 
     def _on_agent_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "listeners":
-            self._forwarder.set_listeners([(str(host), int(port)) for host, port in event["tcp"]])
+            self._listeners = [(str(host), int(port)) for host, port in event["tcp"]]
+            self._forward_listeners()
         elif event["event"] == "session" and self._opened:  # before that, it is the one that `open` itself begins
             self._again = asyncio.ensure_future(self._begin_again())
+
+    def set_extra_listeners(self, ports: Sequence[tuple[str, int]]) -> None:
+        """Ports that answer in the guest although nobody listens there; a real listener of that number comes first."""
+        self._extra_listeners = list(ports)
+        self._forward_listeners()
+
+    def ignore_ports(self, ports: Collection[int]) -> None:
+        """Guest ports that the host gets in another way."""
+        self._forwarder.ignore(ports)
+        self._forward_listeners()
+
+    def _forward_listeners(self) -> None:
+        taken = {port for _, port in self._listeners}
+        extra = [(address, port) for address, port in self._extra_listeners if port not in taken]
+        self._forwarder.set_listeners([*self._listeners, *extra])
 
     async def _begin_again(self) -> None:
         try:

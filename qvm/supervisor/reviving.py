@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from qvm.agentbundle import agent_source
 from qvm.errors import GuestError, InstanceStateError, QvmError
 from qvm.filenames import Files
 from qvm.guest.channel import AgentChannel
@@ -16,7 +17,6 @@ from qvm.instance import states
 from qvm.instance.record import Record
 from qvm.instance.states import SavedState
 from qvm.log import get_logger
-from qvm.paths import share_dir
 from qvm.qemu.hostinfo import read_boot_id
 from qvm.qemu.monitor import Monitor
 from qvm.runtime.base import Runtime, RuntimeContext
@@ -101,7 +101,7 @@ class Revival:
 
     async def _update_agent(self) -> None:
         try:
-            if await self.channel.update((share_dir("cloud-init") / "agent.py").read_bytes()):
+            if await self.channel.update(agent_source()):
                 log.info("the guest's agent was another version and has been replaced")
         except GuestError as error:
             log.warning("the guest's agent stays another version: %s", error.message)

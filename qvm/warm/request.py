@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from qvm.agentbundle import agent_source
 from qvm.arch import X86_64, Arch
 from qvm.config.model import Config
 from qvm.image.store import Image
 from qvm.instance.kernel import kernel_cmdline
 from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
-from qvm.paths import share_dir
 from qvm.qemu.cmdline import build_argv
-from qvm.qemu.devices import MAX_MOUNTS, PLUGGABLE_MEMORY
+from qvm.qemu.devices import MAX_MOUNTS
+from qvm.qemu.board import PLUGGABLE_MEMORY
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.hostinfo import read_cpu_model
 from qvm.runtime.base import Runtime
@@ -114,7 +115,7 @@ def warm_key(request: WarmRequest) -> str:
         "build": request.features.build,
         "machine": request.features.machine,
         "cpu": "" if request.accel == "tcg" else read_cpu_model(),
-        "agent": hashlib.sha256((share_dir("cloud-init") / "agent.py").read_bytes()).hexdigest(),
+        "agent": hashlib.sha256(agent_source()).hexdigest(),
         "stage": request.stage,
         "runtime": [request.runtime.name, _source_digest(request.runtime), sorted(request.settings.items())]
         if request.stage == RUNTIME else None,

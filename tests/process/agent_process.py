@@ -12,24 +12,26 @@ from typing import Any
 
 from port_bridge import PortBridge
 
+from qvm.agentbundle import agent_source
 from qvm.guest.channel import AgentChannel
 
-AGENT = Path(__file__).resolve().parents[2] / "cloud-init" / "agent.py"
+SOURCE = agent_source()
 
 
 class AgentProcess:
-    def __init__(self, folder: Path, *options: str, agent: Path = AGENT) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.control = PortBridge(folder / "c.sock")
         self.streams = PortBridge(folder / "s.sock")
         self.folder = folder
-        self.agent = agent
+        self.file = folder / "agent.py"
+        self.file.write_bytes(SOURCE)
         self.options = options or ("--seed", "none")
         self.pid = 0
 
     async def start(self) -> None:
         fds = [self.control.guest_end.fileno(), self.streams.guest_end.fileno()]
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-S", str(self.agent), "--control", f"fd:{fds[0]}", "--streams", f"fd:{fds[1]}",
+            sys.executable, "-I", "-S", str(self.file), "--control", f"fd:{fds[0]}", "--streams", f"fd:{fds[1]}",
             "--root", str(self.folder / "root"), *self.options, pass_fds=fds)
         self.pid = self.process.pid
 
@@ -52,8 +54,8 @@ class AgentProcess:
 
 
 @asynccontextmanager
-async def running(folder: Path, *options: str, agent: Path = AGENT) -> AsyncIterator[tuple[AgentProcess, AgentChannel]]:
-    process = AgentProcess(folder, *options, agent=agent)
+async def running(folder: Path, *options: str) -> AsyncIterator[tuple[AgentProcess, AgentChannel]]:
+    process = AgentProcess(folder, *options)
     await process.start()
     channel = AgentChannel()
     try:

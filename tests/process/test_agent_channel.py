@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
-from agent_process import AGENT, AgentProcess, PortBridge, drive, eventually, running
+from agent_process import SOURCE, AgentProcess, PortBridge, drive, eventually, running
 
 from qvm.errors import DeadlineError, GuestCommandError, GuestError
 from qvm.guest.channel import AgentChannel
@@ -24,7 +24,7 @@ def test_hello_names_the_agent(tmp_path: Path) -> None:
         async with running(tmp_path) as (process, channel):
             assert channel.greeting is not None
             assert channel.greeting.pid == process.pid
-            assert channel.greeting.digest == hashlib.sha256(AGENT.read_bytes()).hexdigest()
+            assert channel.greeting.digest == hashlib.sha256(SOURCE).hexdigest()
             assert channel.greeting.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
             assert (await channel.wait_for_seed()).state == "absent"
 
@@ -232,20 +232,18 @@ def test_a_restarted_agent_gets_a_new_session(tmp_path: Path) -> None:
 
 def test_update_replaces_the_agent_in_place(tmp_path: Path) -> None:
     async def work() -> None:
-        copy = tmp_path / "agent.py"
-        copy.write_bytes(AGENT.read_bytes())
-        async with running(tmp_path, "--seed", "none", agent=copy) as (process, channel):
-            assert not await channel.update(AGENT.read_bytes())
+        async with running(tmp_path, "--seed", "none") as (process, channel):
+            assert not await channel.update(SOURCE)
             with pytest.raises(GuestError, match="SyntaxError"):
                 await channel.update(b"def broken(:\n")
-            newer = AGENT.read_bytes() + b"# newer\n"
+            newer = SOURCE + b"# newer\n"
             assert await channel.update(newer)
             assert channel.greeting is not None
             assert channel.greeting.digest == hashlib.sha256(newer).hexdigest()
             assert channel.greeting.pid == process.pid, "the same process, so that systemd sees no restart"
             assert (await channel.exec(["echo", "ok"])).stdout == b"ok\n"
             before = len(process.fds())
-            assert await channel.update(AGENT.read_bytes())
+            assert await channel.update(SOURCE)
             await eventually(lambda: len(process.fds()) <= before)
 
     drive(work)

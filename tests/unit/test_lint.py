@@ -16,8 +16,6 @@ FOLDERS = ("qvm", "runtimes", "cloud-init", "images", "benchmarks", "tests", "sc
 
 MOST_LINES = 400
 MOST_FUNCTION_LINES = 60
-# One file by decision: it is copied into guests as it is, foreign ones included.
-MORE_LINES = {"cloud-init/agent.py": 2200}
 
 # The only door to other programs is qvm/process.py. Whoever else may open one is named here, with the reason.
 MAY_START_PROGRAMS = {"qvm/process.py": "it is the door"}
@@ -79,7 +77,7 @@ def test_files_stay_readable() -> None:
     long = {
         name_of(path): lines
         for path in python_files("qvm", "runtimes", "cloud-init", "benchmarks", "tests")
-        if (lines := len(path.read_text().splitlines())) > MORE_LINES.get(name_of(path), MOST_LINES)
+        if (lines := len(path.read_text().splitlines())) > MOST_LINES
     }
     assert long == {}
 

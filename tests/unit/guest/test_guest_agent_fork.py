@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,22 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guest_agent import load_agent
 
 from qvm.guest.protocol import MountUser, SeedState
 from qvm.seed.data import SeedData
 from qvm.seed.render import fork_document
 
-AGENT = Path(__file__).resolve().parents[3] / "cloud-init" / "agent.py"
 OLD, NEW = "0123456789abcdef0123456789abcdef", "fedcba9876543210fedcba9876543210"
-
-
-def load_agent() -> Any:
-    spec = importlib.util.spec_from_file_location("qvm_guest_agent_fork", AGENT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 agent = load_agent()
 

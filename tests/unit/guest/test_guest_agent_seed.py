@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,19 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guest_agent import load_agent
 
 from qvm.seed.iso import write_iso
-
-AGENT = Path(__file__).resolve().parents[3] / "cloud-init" / "agent.py"
-
-
-def load_agent() -> Any:
-    spec = importlib.util.spec_from_file_location("qvm_guest_agent", AGENT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 agent = load_agent()
 

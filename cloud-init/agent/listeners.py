@@ -1,0 +1,126 @@
+"""TCP ports that can be reached in the guest."""
+
+import _socket as socket
+import _struct as struct
+import os
+
+from .base import CHUNK
+from .files import read, write_atomic
+from .jsontext import parse_json
+
+
+class Listeners:
+    """TCP ports that can be reached in the guest: listening sockets, and host ports that CNI redirects by netfilter.
+
+    Listening sockets are read from sock_diag(7), which looks only at listeners; /proc/net/tcp would walk the table of
+    all connections. Containers published by CNI's portmap plugin have no listener at all, but libcni keeps what it
+    was asked for in its results cache, one file for each attachment, made on ADD and removed on DEL.
+    """
+
+    RESULTS = "/var/lib/cni/results"
+    STALE = "/run/qvm-cni-stale"
+    REQUEST = struct.Struct("=IHHIIBBBBI48x")
+
+    def __init__(self, root="/"):
+        self.results_folder, self.stale_file = root.rstrip("/") + self.RESULTS, root.rstrip("/") + self.STALE
+        self.netlink = None
+        self.last = None
+        self.published = set()
+        self.seen = None
+        self.again = 0
+        self.stale = None
+
+    def remember_stale(self):
+        """Results that an unclean end of an earlier boot left belong to no container. To be called once the data disk
+        is mounted and before containers start; a restarted agent finds what the first one of this boot wrote.
+        """
+        if not os.path.exists(self.stale_file):
+            names = "".join(f"{name} {mtime}\n" for name, mtime in self.results())
+            write_atomic(self.stale_file, names.encode(), 0o600)
+
+    def results(self):
+        try:
+            with os.scandir(self.results_folder) as entries:
+                return sorted((entry.name, entry.stat().st_mtime_ns) for entry in entries)
+        except OSError:
+            return []
+
+    def changed(self):
+        """The new list [[address, port] ...], sorted, or None where it is as it was."""
+        current = sorted(self.listening() | self.redirected())
+        if current == self.last:
+            return None
+        self.last = current
+        return [list(item) for item in current]
+
+    def listening(self):
+        try:
+            return self.by_netlink(socket.AF_INET) | self.by_netlink(socket.AF_INET6)
+        except OSError:
+            self.netlink = None
+            return self.by_proc()
+
+    def by_netlink(self, family):
+        if self.netlink is None:
+            self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)
+            self.netlink.settimeout(1)
+        self.netlink.send(self.REQUEST.pack(72, 20, 0x301, 1, 0, family, socket.IPPROTO_TCP, 0, 0, 1 << 10))
+        found = set()
+        while True:
+            reply, at = self.netlink.recv(CHUNK), 0
+            while at < len(reply):
+                length, kind = struct.unpack_from("=IH", reply, at)
+                if kind == 3:  # NLMSG_DONE
+                    return found
+                if kind == 2:  # NLMSG_ERROR
+                    raise OSError(-struct.unpack_from("=i", reply, at + 16)[0], "sock_diag")
+                port = struct.unpack_from(">H", reply, at + 20)[0]
+                size = 4 if family == socket.AF_INET else 16
+                found.add((socket.inet_ntop(family, reply[at + 24 : at + 24 + size]), port))
+                at += (length + 3) & ~3
+
+    @staticmethod
+    def by_proc():
+        found = set()
+        for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+            for line in (read(f"/proc/net/{name}") or b"").decode().splitlines()[1:]:
+                words = line.split()
+                if words[3] == "0A":  # TCP_LISTEN
+                    address, port = words[1].split(":")
+                    raw = bytes.fromhex(address)
+                    raw = b"".join(struct.pack("=I", word) for word in struct.unpack(f">{len(raw) // 4}I", raw))
+                    found.add((socket.inet_ntop(family, raw), int(port, 16)))
+        return found
+
+    def redirected(self):
+        if self.stale is None:
+            known = read(self.stale_file)
+            if known is None:
+                return self.published
+            self.stale = set(known.decode().splitlines())
+        try:
+            stamp = os.stat(self.results_folder).st_mtime_ns
+        except OSError:
+            stamp = 0
+        if stamp != self.seen:
+            # A file may be seen before it is filled, so look again at the next two ticks.
+            self.seen, self.again = stamp, 3
+        if self.again:
+            self.again -= 1
+            self.published = {
+                port for name, mtime in self.results() if f"{name} {mtime}" not in self.stale
+                for port in self.mappings(read(f"{self.results_folder}/{name}") or b"")
+            }
+        return self.published
+
+    @staticmethod
+    def mappings(raw):
+        try:
+            wanted = parse_json(raw)["capabilityArgs"]["portMappings"]
+            for mapping in wanted:
+                # go-cni writes HostPort where CNI's convention says hostPort; Go reads either.
+                item = {key.lower(): value for key, value in mapping.items()}
+                if item.get("protocol", "tcp").lower() == "tcp" and item.get("hostport"):
+                    yield item.get("hostip") or "0.0.0.0", int(item["hostport"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return

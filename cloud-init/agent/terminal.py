@@ -1,0 +1,19 @@
+"""Pseudo-terminals."""
+
+import _struct as struct
+
+TIOCSWINSZ, TIOCSCTTY = 0x5414, 0x540E  # asm-generic/ioctls.h
+
+
+def set_window(fd, size):
+    """Rows and columns of a terminal; its foreground programs get SIGWINCH where they changed (ioctl_tty(2))."""
+    import fcntl
+
+    fcntl.ioctl(fd, TIOCSWINSZ, struct.pack("HHHH", int(size["rows"]), int(size["cols"]), 0, 0))
+
+
+def take_terminal():
+    """In a new session, before exec: standard input becomes the controlling terminal."""
+    import fcntl
+
+    fcntl.ioctl(0, TIOCSCTTY, 0)
