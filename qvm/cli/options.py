@@ -16,7 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def setting_options(function: F) -> F:
     """Add one option per row. Values stay as typed: `resolve_config` reads them and tells all that is wrong at once."""
     for setting in reversed(SETTINGS):
-        function = _option(setting)(function)
+        function = _option(setting)(function) if setting.flags else function
     return function
 
 

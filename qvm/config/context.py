@@ -11,6 +11,12 @@ Step: TypeAlias = str | int
 """One step into a value: a mapping's key or a list's index."""
 
 
+class Plain(str):
+    """A scalar of a file that was written without quotes: it may mean a number, a truth value or nothing."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Where a value is read: relative paths, `~` and defaults depend on it."""

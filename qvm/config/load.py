@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from qvm.config.context import Step
+from qvm.config.context import Plain, Step
 
 if TYPE_CHECKING:
     from yaml.nodes import MappingNode, Node, ScalarNode
@@ -114,7 +114,7 @@ class _Reader:
         return list(found.values())
 
     def _tree(self, node: Node, path: tuple[Step, ...]) -> Tree:
-        from yaml.nodes import MappingNode, SequenceNode
+        from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
         self.marks[path] = (node.start_mark.line + 1, node.start_mark.column + 1)
         if len(path) > _DEEPEST:
@@ -124,7 +124,8 @@ class _Reader:
             return {name: self._tree(value, (*path, name)) for name, _, value in self._entries(node)}
         if isinstance(node, SequenceNode):
             return [self._tree(item, (*path, number)) for number, item in enumerate(node.value)]
-        return str(node.value)
+        quoted = isinstance(node, ScalarNode) and node.style is not None
+        return str(node.value) if quoted else Plain(node.value)
 
 
 def _suggest(name: str, known: Collection[str]) -> str:

@@ -48,5 +48,17 @@ class Config:
     env: dict[str, str] = field(default_factory=dict)
     ssh_port: int = 0
     """0: any free port."""
+    docker: dict[str, Any] = field(default_factory=dict)
+    """Into dockerd's daemon.json."""
+    containerd: dict[str, Any] = field(default_factory=dict)
+    """Into containerd's config.toml."""
+    registry_mirrors: tuple[str, ...] = ()
+    """Addresses that are asked for Docker Hub's images first."""
+    insecure_registries: tuple[str, ...] = ()
+    """HOST[:PORT] of registries without (trusted) TLS."""
+    proxies: dict[str, str] | None = None
+    """http, https, all and no; None: as the host's environment has them."""
+    ca_certs: tuple[str, ...] = ()
+    """PEM files of the host's that the guest trusts."""
     activate: bool = True
     """Whether start switches the docker context (and others a runtime has) to this instance."""

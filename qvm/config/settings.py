@@ -16,6 +16,15 @@ from qvm.config import validate
 from qvm.config.context import Context, Problem
 from qvm.config.kinds import ArchName, Count, Kind, Mounts, Size, Switch, Text, TextList, Variables
 from qvm.config.names import DEFAULT_PROFILE
+from qvm.config.network import (
+    Files,
+    Proxies,
+    Section,
+    validate_ca_certs,
+    validate_mirrors,
+    validate_proxies,
+    validate_registries,
+)
 from qvm.units import GiB
 
 
@@ -45,7 +54,7 @@ class Setting:
     """Of Config."""
     kind: Kind
     flags: tuple[str, ...]
-    """Short first; for a switch `--on/--off`."""
+    """Short first; for a switch `--on/--off`; none where only a file or a program can say it."""
     metavar: str
     help: str
     example: str
@@ -68,8 +77,8 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The long flag, for messages."""
-        return self.flags[-1].split("/")[0]
+        """The long flag, for messages; the key of what only files and programs can say."""
+        return self.flags[-1].split("/")[0] if self.flags else self.key
 
 
 def default_hostname(context: Context) -> str:
@@ -158,6 +167,33 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "env", "env", Variables(), ("--env",), "KEY=VALUE", "environment variable in the VM; repeatable", "CI=true",
         default=lambda context: {}, default_text="none", validate=validate.validate_env,
+    ),
+    Setting(
+        "docker", "docker", Section(), (), "", "dockerd's settings, as in its daemon.json", "",
+        default=lambda context: {}, default_text="qvm's own",
+    ),
+    Setting(
+        "containerd", "containerd", Section(), (), "", "containerd's settings, as in its config.toml", "",
+        default=lambda context: {}, default_text="qvm's own",
+    ),
+    Setting(
+        "registryMirrors", "registry_mirrors", TextList(), ("--registry-mirror",), "URL",
+        "asked for Docker Hub's images first; repeatable", "https://mirror.example",
+        default=lambda context: (), default_text="none", validate=validate_mirrors,
+    ),
+    Setting(
+        "insecureRegistries", "insecure_registries", TextList(), ("--insecure-registry",), "HOST[:PORT]",
+        "registry without TLS, or with a certificate nobody vouches for; repeatable", "registry.example:5000",
+        default=lambda context: (), default_text="none", validate=validate_registries,
+    ),
+    Setting(
+        "proxies", "proxies", Proxies(), (), "",
+        "proxies for the VM: http, https, all, no; `none` for none; a loopback address means the host's", "",
+        default=lambda context: None, default_text="the host's environment", validate=validate_proxies,
+    ),
+    Setting(
+        "caCerts", "ca_certs", Files(), (), "", "PEM files of certificate authorities that the VM trusts", "",
+        default=lambda context: (), default_text="none", validate=validate_ca_certs,
     ),
     Setting(
         "hostname", "hostname", Text(), ("--hostname",), "NAME", "host name of the VM", "build.example",

@@ -20,6 +20,8 @@ from qvm.errors import HostError, InstanceStateError
 from qvm.process import Identity
 
 VERSION = 1
+_LISTS = ("dns", "registry_mirrors", "insecure_registries", "ca_certs")
+"""Fields of Config that are tuples of text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,8 @@ class Run:
 def config_to_dict(config: Config) -> dict[str, Any]:
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     values["mounts"] = [mount.to_dict() for mount in config.mounts]
-    values["dns"] = list(config.dns)
+    for name in _LISTS:
+        values[name] = list(values[name])
     return values
 
 
@@ -129,7 +132,7 @@ def config_from_dict(data: dict[str, Any]) -> Config:
     known = {item.name for item in dataclasses.fields(Config)}
     values = {key: value for key, value in data.items() if key in known}
     values["mounts"] = tuple(Mount.from_dict(mount) for mount in data["mounts"])
-    values["dns"] = tuple(data["dns"])
+    values |= {name: tuple(data[name]) for name in _LISTS if name in data}
     return Config(**values)
 
 
