@@ -62,6 +62,11 @@ class Files:
         return self.folder / "runtime"
 
     @property
+    def host_ports(self) -> Path:
+        """The numbers that the runtime's ports have on the host, to have them again."""
+        return self.folder / "host-ports.json"
+
+    @property
     def root_disk(self) -> Path:
         return self.folder / "root.qcow2"
 

@@ -24,7 +24,7 @@ from qvm.instance.record import Record
 from qvm.instance.states import discard_state, find_state, load_state
 from qvm.instance.store import find_record, find_run, load_record, lock_instance, save_record
 from qvm.progress import Progress
-from qvm.runtime.registry import load_runtime
+from qvm.runtime.stack import load_stack
 from qvm.supervisor import offline
 from qvm.supervisor.assemble import mac_address
 from qvm.supervisor.client import call
@@ -77,7 +77,7 @@ def _make_room(config: Config) -> None:
     if files.data_disk.exists():
         raise InstanceStateError(f"a data disk of an earlier {target!r} is kept",
                                  hint=f"`qvm delete {target} --data` removes it")
-    check_host(target, load_runtime(config.runtime))
+    check_host(target, load_stack(config))
     shutil.rmtree(files.folder, ignore_errors=True)  # what an interrupted clone left
     _remove_data(target)
     for folder in (files.folder, files.profile_folder):

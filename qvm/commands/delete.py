@@ -42,12 +42,12 @@ def _stop_and_withdraw(profile: str, *, force: bool, progress: Progress) -> Reco
         return None
     if record is None:
         return None
-    from qvm.runtime.registry import load_runtime
-    from qvm.supervisor.core import runtime_context
+    from qvm.runtime.stack import load_stack
+    from qvm.supervisor.context import runtime_context
 
     stop_locked(profile, force=force, progress=progress)
-    runtime = load_runtime(record.config.runtime)
-    context = runtime_context(record, runtime)
+    runtime = load_stack(record.config)
+    context = runtime_context(record)
     runtime.deactivate(context, remove=True)
     for socket in runtime.sockets:
         context.host_socket(socket.name).unlink(missing_ok=True)

@@ -31,9 +31,9 @@ def logs(profile: str, kind: str = "serial", *, follow: bool = False, lines: int
     if follow:
         raise UsageError(f"`logs --follow` cannot follow {kind}",
                          hint=f"`qvm ssh {profile} -- journalctl -f` follows the guest's journal")
-    from qvm.runtime.registry import load_runtime
+    from qvm.runtime.stack import load_stack
 
-    units = load_runtime(record.config.runtime).units if kind == "runtime" else ()
+    units = load_stack(record.config).units if kind == "runtime" else ()
     return _journal(files, units, lines)
 
 

@@ -25,10 +25,11 @@ from qvm.qemu.accel import choose_accelerator
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.probe import probe_qemu
 from qvm.runtime.base import Runtime
-from qvm.runtime.registry import load_runtime
+from qvm.runtime.stack import load_stack
 from qvm.seed.iso import write_iso
 from qvm.seed.render import render_seed
 from qvm.supervisor.assemble import build_seed, mac_address
+from qvm.supervisor.context import runtime_context
 from qvm.supervisor.disks import drop_unused_fork, ensure_disks, prepare_fork
 from qvm.warm.make import ensure_warm
 from qvm.warm.request import BASE, RUNTIME, build_request, warm_obstacle
@@ -58,7 +59,7 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
     What may fail without a trace (QEMU, image, accelerator, port) comes first; files of the instance are made last.
     A new instance begins on a warm image, which is made if need be, unless `cold`.
     """
-    runtime = load_runtime(config.runtime)
+    runtime = load_stack(config)
     check_host(config.profile, runtime)
     arch = find_arch(config.arch)
     if arch is None:
@@ -78,6 +79,7 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
         ssh_port=choose_ssh_port(config.ssh_port, record.ssh_port if record else 0),
         notes=tuple(notes),
     )
+    runtime.prepare_host(runtime_context(record), progress)
     drop_unused_fork(config.profile)
     warm = None
     if not cold and not Files(config.profile).root_disk.exists():

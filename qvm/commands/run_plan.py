@@ -208,6 +208,7 @@ class _Maker:
         from qvm.warm.request import DATA_SIZE
 
         flags = {"runtime": "none", "disk": f"{DATA_SIZE}B", "hostname": "qvm-run", "activate": False,
+                 "kubernetes": False,
                  **{name: value for name, value in self.wish.flags.items() if value is not None}}
         if "mounts" not in flags:
             context = Context(PROFILE, self.wish.cwd, os.environ)

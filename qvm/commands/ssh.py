@@ -32,10 +32,10 @@ def ssh(
 
 def run_client(profile: str, client: str, argv: Sequence[str], *, cwd: Path) -> int:
     """Run a runtime's client program (nerdctl ...) in the guest; returns its exit code."""
-    from qvm.runtime.registry import load_runtime
+    from qvm.runtime.stack import load_stack
 
     record = load_running(profile)
-    runtime = load_runtime(record.config.runtime)
+    runtime = load_stack(record.config)
     prefix = runtime.commands.get(client)
     if prefix is None:
         raise UsageError(

@@ -52,8 +52,8 @@ def restore_host(profile: str) -> None:
     record = find_record(profile)
     if record is None:
         return
-    from qvm.runtime.registry import load_runtime
-    from qvm.supervisor.core import runtime_context
+    from qvm.runtime.stack import load_stack
+    from qvm.supervisor.context import runtime_context
 
-    runtime = load_runtime(record.config.runtime)
-    runtime.deactivate(runtime_context(record, runtime), remove=False)
+    runtime = load_stack(record.config)
+    runtime.deactivate(runtime_context(record), remove=False)

@@ -13,7 +13,7 @@ from qvm.image.ensure import ensure_image
 from qvm.progress import Progress
 from qvm.qemu.accel import choose_accelerator
 from qvm.qemu.probe import probe_qemu
-from qvm.runtime.registry import load_runtime
+from qvm.runtime.stack import load_stack
 from qvm.warm.make import ensure_warm
 from qvm.warm.request import BASE, RUNTIME, build_request, warm_obstacle
 from qvm.warm.store import WarmImage, list_warm, remove_warm
@@ -28,7 +28,7 @@ def warm(flags: Mapping[str, Any], *, cwd: Path, base: bool = False, progress: P
     config = resolve_config("default", {"mounts": (), **flags}, stored=None, cwd=cwd).config
     arch = find_arch(config.arch)
     assert arch is not None, "validated when it was resolved"
-    runtime, features = load_runtime(config.runtime), probe_qemu(arch)
+    runtime, features = load_stack(config), probe_qemu(arch)
     image = ensure_image(config.image, arch, progress=progress)
     accel = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd).accel
     stage = BASE if base else RUNTIME

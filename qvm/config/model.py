@@ -62,3 +62,16 @@ class Config:
     """PEM files of the host's that the guest trusts."""
     activate: bool = True
     """Whether start switches the docker context (and others a runtime has) to this instance."""
+    kubernetes: bool = False
+    kubernetes_version: str = ""
+    """A release or a channel of k3s; "": the one this qvm was made with."""
+    k3s_args: tuple[str, ...] = ()
+    k3s_listen_port: int = 0
+    """Of 127.0.0.1, for the API server; 0: any free port."""
+
+    def addons(self) -> dict[str, dict[str, Any]]:
+        """Runtimes on top of `runtime`: name -> settings."""
+        if not self.kubernetes:
+            return {}
+        return {"k3s": {"version": self.kubernetes_version, "args": list(self.k3s_args),
+                        "listen_port": self.k3s_listen_port}}

@@ -208,6 +208,27 @@ SETTINGS: tuple[Setting, ...] = (
         "make it the current docker context", "",
         default=lambda context: True, default_text="true",
     ),
+    Setting(
+        "kubernetes", "kubernetes", Switch(), ("-k", "--kubernetes/--no-kubernetes"), "",
+        "Kubernetes (k3s) on top of docker or containerd", "",
+        default=lambda context: False, default_text="false",
+    ),
+    Setting(
+        "kubernetesVersion", "kubernetes_version", Text(), ("--kubernetes-version",), "VERSION",
+        "release of k3s (v1.34.3+k3s1), of Kubernetes (v1.34.3) or channel (stable, latest, v1.34)", "v1.34.3+k3s1",
+        default=lambda context: "", default_text="the one this qvm was made with",
+        validate=validate.validate_kubernetes_version,
+    ),
+    Setting(
+        "k3sArgs", "k3s_args", TextList(), ("--k3s-arg",), "ARG", "further argument of `k3s server`; repeatable",
+        "--disable=traefik",
+        default=lambda context: (), default_text="none", validate=validate.validate_k3s_args,
+    ),
+    Setting(
+        "k3sListenPort", "k3s_listen_port", Count(), ("--k3s-listen-port",), "PORT",
+        "port of 127.0.0.1 for the Kubernetes API; 0: any free one", "6443",
+        default=lambda context: 0, default_text="0", validate=validate.validate_ssh_port,
+    ),
 )  # fmt: skip
 
 BY_KEY = {setting.key: setting for setting in SETTINGS}

@@ -105,6 +105,30 @@ def validate_ssh_port(value: int, context: Context) -> list[Problem]:
     return [Problem(f"{value} is out of range; use 1024 to 65535 (ports below need root), or 0 for any free port")]
 
 
+_KUBERNETES = re.compile(r"stable|latest|testing|v?1\.\d+(\.\d+([-+][0-9A-Za-z.+-]+)?)?")
+
+
+def validate_kubernetes_version(value: str, context: Context) -> list[Problem]:
+    if not value or _KUBERNETES.fullmatch(value):
+        return []
+    return [Problem(f"{value!r} is no version of k3s: write v1.34.3+k3s1, v1.34.3, or a channel: "
+                    "stable, latest, v1.34")]
+
+
+def validate_k3s_args(value: Sequence[str], context: Context) -> list[Problem]:
+    """Options of `k3s server`; those that qvm itself sets would part the cluster from its kubeconfig."""
+    problems = []
+    for number, text in enumerate(value):
+        name = text.split("=", 1)[0]
+        if not text.startswith("-"):
+            problems.append(Problem(f"{text!r} is not an option; write option and value as one: --k3s-arg=--key=value",
+                                    (number,)))
+        elif name in ("--https-listen-port", "--data-dir", "-d", "--write-kubeconfig", "-o"):
+            problems.append(Problem(f"{name} is set by qvm" + ("; use --k3s-listen-port" if "port" in name else ""),
+                                    (number,)))
+    return problems
+
+
 def validate_dns(value: Sequence[str], context: Context) -> list[Problem]:
     import ipaddress
 

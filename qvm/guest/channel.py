@@ -7,7 +7,7 @@ import hashlib
 import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qvm.errors import DeadlineError, GuestCommandError, GuestError
@@ -17,6 +17,15 @@ from qvm.guest.protocol import Hardware, Hello, MountUser, SeedState
 from qvm.guest.wire import AgentWire, Event
 
 _INLINE_INPUT = 64 << 10
+_PIECE = 256 << 10
+_TAKE_FILE = """
+set -e
+mkdir -p "${1%/*}"
+cat >"$1.new"
+[ "$(stat -c %s "$1.new")" = "$3" ] || { rm -f "$1.new"; echo "it arrived incomplete" >&2; exit 1; }
+chmod "$2" "$1.new"
+mv "$1.new" "$1"
+"""
 _ANSWER_GRACE = 10.0
 """Seconds beyond its own deadline that the agent has to say so; generous, for software emulation."""
 
@@ -112,6 +121,33 @@ class AgentChannel(AgentWire):
         extra = {"path": str(path), "mode": mode} | ({"owner": list(owner)} if owner else {})
         answer = await self._upload("write_file", data, extra)
         return bool(answer["changed"])
+
+    async def send_file(
+        self, source: Path, target: PurePosixPath, *, mode: int = 0o644, timeout: float = 600.0
+    ) -> None:
+        """Copy a file of the host's, however large, and put it in place atomically; parents are made.
+
+        GuestCommandError where the guest cannot write it, DeadlineError after `timeout` seconds.
+        """
+        words = ["sh", "-c", _TAKE_FILE, "take", str(target), f"{mode:o}", str(source.stat().st_size)]
+        process = self.start_process(words, stdin=True, timeout=timeout)
+        try:
+            async with asyncio.timeout(timeout + _ANSWER_GRACE):
+                with source.open("rb") as file:
+                    while data := await asyncio.to_thread(file.read, _PIECE):
+                        await process.write(data)
+                process.write_eof()
+                said = [data async for _, data in process]
+                code = await process.wait()
+        except TimeoutError:
+            raise DeadlineError(f"{source.name} was not copied into the guest within {timeout:g} s") from None
+        finally:
+            process.close()
+        if process.timed_out:
+            raise DeadlineError(f"{source.name} was not copied into the guest within {timeout:g} s")
+        if code != 0:
+            raise GuestCommandError(f"{target} could not be written in the guest",
+                                    details=b"".join(said).decode(errors="replace").strip() or None)
 
     async def set_clock(self, *, timeout: float = 10.0) -> float:
         """Give the guest the host's time; returns by how many seconds it was off (differences < 50 ms are left)."""

@@ -119,6 +119,10 @@ class PortForwarder:
             forward.guest, forward.targets = addresses[0], targets
         self._retry_if_needed()
 
+    def ignore(self, ports: Collection[int]) -> None:
+        """Never forward these from the next `set_listeners` on."""
+        self._ignore |= set(ports)
+
     def status(self) -> list[dict[str, Any]]:
         """One entry per guest port: guest, host ("127.0.0.1:8080"), port, state, reason.
 

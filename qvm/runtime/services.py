@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from qvm.errors import DeadlineError, GuestCommandError, GuestError
-from qvm.runtime.base import Guest
+from qvm.runtime.base import Guest, Needs
 
 INSTALL_TIMEOUT = 1800.0
 STOP_TIMEOUT = 60.0
@@ -25,6 +25,32 @@ if command -v apt-get; then
     apt-get install -y --no-install-recommends $QVM_APT
 elif command -v apk; then apk add $QVM_APK
 elif command -v dnf; then dnf install -y $QVM_DNF
+else echo "none of apt-get, apk and dnf is there" >&2; exit 1
+fi
+"""
+
+_LOOK = """
+for program in $QVM_PROGRAMS; do command -v "$program" >/dev/null || { echo missing; break; }; done
+for module; do [ -e "/sys/module/$module" ] || modprobe "$module" || exit 1; done
+"""
+
+_VERSIONS = """
+if command -v dpkg-query >/dev/null; then dpkg-query -W -f '${Package} ${Version}\\n' $QVM_APT 2>/dev/null
+elif command -v apk >/dev/null; then
+    for name in $QVM_APK; do apk list -I "$name" 2>/dev/null | sed "s/^$name-\\([^ ]*\\).*/$name \\1/"; done
+elif command -v rpm >/dev/null; then rpm -q --qf '%{NAME} %{VERSION}-%{RELEASE}\\n' $QVM_DNF
+fi
+exit 0
+"""
+
+_UPGRADE = """
+set -e
+if command -v apt-get; then
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get update
+    apt-get install -y --no-install-recommends --only-upgrade $QVM_APT
+elif command -v apk; then apk update; apk add --upgrade $QVM_APK
+elif command -v dnf; then dnf upgrade -y $QVM_DNF
 else echo "none of apt-get, apk and dnf is there" >&2; exit 1
 fi
 """
@@ -73,17 +99,57 @@ echo "$line"
 """
 
 
+async def ensure_needs(guest: Guest, needs: Needs, *, what: str) -> None:
+    """Bring packages and kernel modules into the guest where they are missing; `what` is whose they are, for messages.
+
+    GuestError, with the words of modprobe or of the package manager, where that fails.
+    """
+    if not needs.programs and not needs.kernel_modules:
+        return
+    try:
+        look = await guest.exec(["sh", "-c", _LOOK, "look", *needs.kernel_modules],
+                                env={"QVM_PROGRAMS": " ".join(needs.programs)})
+    except GuestCommandError as error:
+        raise GuestError(f"the guest's kernel lacks a module that {what} needs", details=error.details,
+                         hint="use qvm's own image (--image debian-13)") from error
+    if b"missing" in look.stdout.split():
+        await install_packages(guest, needs.packages, what=what)
+
+
 async def install_packages(guest: Guest, packages: Mapping[str, str], *, what: str) -> None:
     """Install from the guest's distribution; `packages` maps "apt", "apk" and "dnf" to names with spaces between.
 
     GuestError with the package manager's own words where that fails.
     """
-    env = {f"QVM_{manager.upper()}": names for manager, names in packages.items()}
+    await _manage(guest, _INSTALL, packages, problem=f"{what} could not be installed in the guest")
+
+
+async def upgrade_packages(guest: Guest, packages: Mapping[str, str], *, what: str) -> list[str]:
+    """Upgrade what is installed of `packages`; returns "name: old -> new" for each that changed. Errors as above."""
+    before = await package_versions(guest, packages)
+    await _manage(guest, _UPGRADE, packages, problem=f"{what} could not be updated in the guest")
+    after = await package_versions(guest, packages)
+    return [f"{name}: {before.get(name, 'not installed')} -> {version}" for name, version in sorted(after.items())
+            if before.get(name) != version]
+
+
+async def package_versions(guest: Guest, packages: Mapping[str, str]) -> dict[str, str]:
+    """Name -> version of those of `packages` that are installed."""
+    done = await guest.exec(["sh", "-c", _VERSIONS], env=_by_manager(packages))
+    words = (line.split() for line in done.stdout.decode(errors="replace").splitlines())
+    return {line[0]: line[1] for line in words if len(line) == 2}
+
+
+async def _manage(guest: Guest, script: str, packages: Mapping[str, str], *, problem: str) -> None:
     try:
-        await guest.exec(["sh", "-c", _INSTALL], env=env, timeout=INSTALL_TIMEOUT)
+        await guest.exec(["sh", "-c", script], env=_by_manager(packages), timeout=INSTALL_TIMEOUT)
     except GuestCommandError as error:
-        raise GuestError(f"{what} could not be installed in the guest", details=error.details or error.message,
+        raise GuestError(problem, details=error.details or error.message,
                          hint="check that the guest reaches its package mirror, or use qvm's own image") from error
+
+
+def _by_manager(packages: Mapping[str, str]) -> dict[str, str]:
+    return {f"QVM_{manager.upper()}": names for manager, names in packages.items()}
 
 
 async def start_services(guest: Guest, names: Sequence[str], *, openrc: Sequence[str] | None = None) -> None:

@@ -29,14 +29,15 @@ from qvm.logtail import tail_of
 from qvm.qemu.machine import ended_by_chance, stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.state import RestoreError
-from qvm.runtime.base import Runtime, RuntimeContext
-from qvm.runtime.registry import load_runtime
+from qvm.runtime.stack import Stack, load_stack
 from qvm.supervisor.bus import Bus
+from qvm.supervisor.context import runtime_context
 from qvm.supervisor.disks import undo_fork
 from qvm.supervisor.forking import Fork
 from qvm.supervisor.freezing import Machine, take_up
 from qvm.supervisor.launching import Launched, boot, connect_monitor, fork, revive
 from qvm.supervisor.link import GuestLink
+from qvm.supervisor.publishing import Publishing
 from qvm.supervisor.ready import ReadyParts, build_requirements, with_serial
 from qvm.supervisor.reviving import Revival, explain, find_suspended
 from qvm.warm.fork import ForkPlan, find_plan
@@ -60,11 +61,12 @@ class Supervisor:
         self.bus = Bus()
         self.record: Record = load_record(profile)
         self.image: Image = load_image(self.record.image_id)
-        self.runtime: Runtime = load_runtime(self.record.config.runtime)
-        self.context = runtime_context(self.record, self.runtime)
+        self.runtime: Stack = load_stack(self.record.config)
+        self.context = runtime_context(self.record)
         self.run: Run | None = None
         self.monitor: Monitor | None = None
         self.link: GuestLink | None = None
+        self.publishing: Publishing | None = None
         self.requirements: dict[str, str] = {}
         self.phase = "starting"
         self._life: asyncio.Task[None] | None = None
@@ -210,10 +212,9 @@ class Supervisor:
         if self._growing is not None:
             self._growing.cancel()
             await asyncio.gather(self._growing, return_exceptions=True)
-        if self.link is not None:
-            await self.link.close()
-        if self.monitor is not None:
-            await self.monitor.close()
+        for hold in (self.publishing, self.link, self.monitor):
+            if hold is not None:
+                await hold.close()
 
     def _new_link(self) -> GuestLink:
         assert self.run is not None
@@ -241,11 +242,8 @@ class Supervisor:
     async def _publish_ready(self, version: str | None) -> None:
         """Open to the host what is open to it, and say so. `version`: the runtime's, where it is known."""
         link = self.require_link()
-        await link.open_sockets(self.runtime.sockets)
-        switch = self.record.config.activate
-        notes = await asyncio.to_thread(self.runtime.activate, self.context, switch=switch)
-        for note in notes or ():
-            self.bus.publish("note", text=note)
+        self.publishing = Publishing(self.files, self.runtime, self.context, link)
+        await self.publishing.open(lambda note: self.bus.publish("note", text=note), switch=self.record.config.activate)
         if version is None:
             version = await self.runtime.version(link.channel, self.context)
         assert self.run is not None
@@ -369,17 +367,6 @@ class Supervisor:
             "runtime_version": self.run.runtime_version if self.run else "",
             "forwards": self.link.forwards() if self.link else [],
             "sockets": self.link.sockets() if self.link else {},
+            "ports": self.publishing.ports() if self.publishing else {},
         }
 
-
-def runtime_context(record: Record, runtime: Runtime) -> RuntimeContext:
-    """What the plugin may know; also used by commands that undo a context when no supervisor runs."""
-    files = Files(record.config.profile)
-    wanted = ("DOCKER_CONFIG", "DOCKER_HOST", "DOCKER_CONTEXT", "KUBECONFIG", "HOME")
-    return RuntimeContext(
-        profile=record.config.profile,
-        folder=files.profile_folder,
-        state_folder=files.runtime_state,
-        user=record.user.name,
-        env={name: os.environ[name] for name in wanted if name in os.environ},
-    )

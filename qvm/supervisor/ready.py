@@ -13,6 +13,7 @@ from qvm.guest.requirements import Requirement
 from qvm.instance.record import Record
 from qvm.logtail import tail_of
 from qvm.runtime.base import Runtime, RuntimeContext
+from qvm.runtime.checking import wait_for_checks
 from qvm.wait import backoff
 
 # Generous: a guest under software emulation on a busy host takes tens of seconds where hardware takes two.
@@ -85,10 +86,7 @@ async def start_runtime(runtime: Runtime, channel: AgentChannel, context: Runtim
     """Have the runtime provisioned and started, and wait until it answers, as long as it takes."""
     await runtime.provision(channel, context)
     await runtime.start(channel, context)
-    for pause in backoff():
-        if await runtime.ready(channel, context):
-            return
-        await asyncio.sleep(pause)
+    await wait_for_checks(runtime, channel, context)
 
 
 async def ssh_answers(port: int, *, timeout: float = 10.0) -> bool:

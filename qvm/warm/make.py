@@ -26,11 +26,11 @@ from qvm.qemu.machine import start_qemu, stop_qemu, wait_gone
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.state import save_devices
 from qvm.runtime.base import RuntimeContext
+from qvm.runtime.checking import wait_for_checks
 from qvm.seed.data import SeedData
 from qvm.seed.iso import write_iso
 from qvm.seed.render import render_seed
 from qvm.units import GiB
-from qvm.wait import backoff
 from qvm.warm.request import DATA_SIZE, RUNTIME, WarmRequest, build_warm_spec, warm_key
 from qvm.warm.store import MANIFEST, WarmImage, find_warm, load_warm, lock_path, prune_warm, sweep, warm_dir
 
@@ -60,7 +60,9 @@ def ensure_warm(request: WarmRequest, *, progress: Progress) -> WarmImage:
         name = f"{key}-{secrets.token_hex(4)}"
         folder = paths.ensure_private_dir(warm_dir() / f".{name}")
         try:
-            asyncio.run(_Maker(request, folder, progress.milestone).make())
+            maker = _Maker(request, folder, progress.milestone)
+            request.runtime.prepare_host(maker.context(), progress)
+            asyncio.run(maker.make())
             final = warm_dir() / name
             folder.rename(final)
         finally:
@@ -102,6 +104,13 @@ class _Maker:
             raise
         await monitor.close()
         self._seal(version)
+
+    def context(self) -> RuntimeContext:
+        """Of a machine that is nobody's: its small state goes with the maker."""
+        return RuntimeContext(
+            "warm", self.folder, self.folder, "root", cache_folder=paths.cache_home() / "runtimes",
+            arch=self.request.arch.name, sections=self.request.settings,
+        )
 
     async def _abandon(self, identity: Identity, monitor: Monitor) -> None:
         await stop_qemu(identity, monitor, force=True)
@@ -182,14 +191,10 @@ class _Maker:
         if self.request.stage != RUNTIME:
             return ""
         runtime = self.request.runtime
-        context = RuntimeContext("warm", self.folder, self.folder, "root", settings=self.request.settings)
-        async with asyncio.timeout(runtime.start_timeout):
-            await runtime.provision(channel, context)
-            await runtime.start(channel, context)
-            for pause in backoff():
-                if await runtime.ready(channel, context):
-                    break
-                await asyncio.sleep(pause)
+        context = self.context()
+        await runtime.provision(channel, context)
+        await runtime.start(channel, context)
+        await wait_for_checks(runtime, channel, context)
         version = await runtime.version(channel, context)
         await runtime.before_freeze(channel, context)
         if runtime.name != "none":

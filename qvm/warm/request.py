@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from qvm.qemu.board import PLUGGABLE_MEMORY
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.hostinfo import read_cpu_model
 from qvm.runtime.base import Runtime
+from qvm.runtime.stack import Stack, sections_of
 from qvm.units import GiB, MiB
 
 FORMAT = 1
@@ -46,14 +46,14 @@ class WarmRequest:
     arch: Arch
     features: QemuFeatures
     accel: str
-    runtime: Runtime
+    runtime: Stack
     stage: Stage
     cpus: int
     memory: int
     """Bytes the machine has from its boot on; more is plugged into a fork."""
     mount_slots: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The runtime's section of the profile."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Each runtime's section of the profile."""
 
     @property
     def title(self) -> str:
@@ -79,7 +79,8 @@ def build_request(
 ) -> WarmRequest:
     """The warm image that a profile forks from. The base stage starts no runtime, so it is the same for all."""
     return WarmRequest(
-        image=image, arch=arch, features=features, accel=accel, runtime=runtime, stage=stage, cpus=config.cpus,
+        image=image, arch=arch, features=features, accel=accel, stage=stage, cpus=config.cpus,
+        runtime=runtime if isinstance(runtime, Stack) else Stack(runtime), settings=sections_of(config),
         memory=choose_memory(config.memory, arch), mount_slots=choose_mount_slots(len(config.mounts)),
     )
 
@@ -117,19 +118,9 @@ def warm_key(request: WarmRequest) -> str:
         "cpu": "" if request.accel == "tcg" else read_cpu_model(),
         "agent": hashlib.sha256(agent_source()).hexdigest(),
         "stage": request.stage,
-        "runtime": [request.runtime.name, _source_digest(request.runtime), sorted(request.settings.items())]
-        if request.stage == RUNTIME else None,
+        "runtime": request.runtime.warm_identity(request.settings) if request.stage == RUNTIME else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _source_digest(runtime: Runtime) -> str:
-    """Of the plugin's own files: another version of it provisions another way."""
-    digest = hashlib.sha256()
-    folder = Path(inspect.getfile(type(runtime))).parent
-    for path in sorted(folder.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def warm_obstacle(config: Config, image: Image, runtime: Runtime, *, stage: Stage) -> str | None:

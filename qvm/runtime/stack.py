@@ -1,0 +1,135 @@
+"""Several runtimes in one machine, as one: the primary, and add-ons on top of it.
+
+The supervisor and the makers of warm images know one `Runtime`; a `Stack` is that where there are add-ons too. Starts
+go from the bottom to the top, stops the other way round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qvm.config.model import Config
+from qvm.errors import UsageError
+from qvm.runtime.base import Guest, HostPort, Progress, ReadyCheck, Runtime, RuntimeContext
+from qvm.runtime.registry import load_runtime
+
+
+def load_stack(config: Config) -> Stack:
+    """The runtimes of a profile. UsageError where an add-on cannot be on top of the primary one, or none is known."""
+    primary = load_runtime(config.runtime)
+    if primary.runs_on:
+        raise UsageError(
+            f"{primary.name} runs on top of {' or '.join(primary.runs_on)} and not alone",
+            hint=f"qvm start --runtime {primary.runs_on[0]} --kubernetes",
+        )
+    addons = [load_runtime(name) for name in config.addons()]
+    for addon in addons:
+        if primary.name not in addon.runs_on:
+            raise UsageError(f"{addon.name} needs a runtime under it: {' or '.join(addon.runs_on)}; "
+                             f"this profile has {primary.name}",
+                             hint=f"qvm start --runtime {addon.runs_on[0]} (a new profile)")
+    return Stack(primary, addons)
+
+
+def sections_of(config: Config) -> dict[str, Mapping[str, Any]]:
+    """Settings of each of a profile's runtimes, by its name: its section of the profile file."""
+    section = getattr(config, config.runtime, None)
+    return {**config.addons(), **({config.runtime: section} if isinstance(section, Mapping) else {})}
+
+
+class Stack(Runtime):
+    """Asks each runtime in turn, with the context that is its own."""
+
+    def __init__(self, primary: Runtime, addons: Sequence[Runtime] = ()) -> None:
+        self.layers = (primary, *addons)
+        self.name = "+".join(layer.name for layer in self.layers)
+        self.summary = primary.summary
+        self.sockets = tuple(socket for layer in self.layers for socket in layer.sockets)
+        self.data_folders = tuple(dict.fromkeys(folder for layer in self.layers for folder in layer.data_folders))
+        self.commands = {word: prefix for layer in self.layers for word, prefix in layer.commands.items()}
+        self.units = tuple(dict.fromkeys(unit for layer in self.layers for unit in layer.units))
+        self.start_timeout = sum(layer.start_timeout for layer in self.layers)
+
+    def parts(self, context: RuntimeContext) -> list[tuple[Runtime, RuntimeContext]]:
+        """Each runtime with its context, from the bottom to the top."""
+        primary = self.layers[0].name
+        return [(layer, context.own(layer.name, addon_to=primary if number else ""))
+                for number, layer in enumerate(self.layers)]
+
+    def find(self, name: str) -> Runtime | None:
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def prepare_host(self, context: RuntimeContext, progress: Progress) -> None:
+        for layer, own in self.parts(context):
+            layer.prepare_host(own, progress)
+
+    async def provision(self, guest: Guest, context: RuntimeContext) -> None:
+        for layer, own in self.parts(context):
+            await layer.provision(guest, own)
+
+    async def start(self, guest: Guest, context: RuntimeContext) -> None:
+        for layer, own in self.parts(context):
+            await layer.start(guest, own)
+
+    def checks(self, context: RuntimeContext) -> Sequence[ReadyCheck]:
+        return tuple(_in_context(check, own) for layer, own in self.parts(context) for check in layer.checks(own))
+
+    async def stop(self, guest: Guest, context: RuntimeContext) -> None:
+        for layer, own in reversed(self.parts(context)):
+            await layer.stop(guest, own)
+
+    async def version(self, guest: Guest, context: RuntimeContext) -> str:
+        return ", ".join([await layer.version(guest, own) for layer, own in self.parts(context)])
+
+    async def update(self, guest: Guest, context: RuntimeContext) -> list[str]:
+        return [line for layer, own in self.parts(context) for line in await layer.update(guest, own)]
+
+    def host_ports(self, context: RuntimeContext) -> Sequence[HostPort]:
+        return tuple(port for layer, own in self.parts(context) for port in layer.host_ports(own))
+
+    async def watch_ports(
+        self, guest: Guest, context: RuntimeContext, publish: Callable[[Sequence[tuple[str, int]]], None]
+    ) -> None:
+        known: dict[str, Sequence[tuple[str, int]]] = {}
+
+        async def watch(layer: Runtime, own: RuntimeContext) -> None:
+            def tell(ports: Sequence[tuple[str, int]]) -> None:
+                known[layer.name] = ports
+                publish([port for ports in known.values() for port in ports])
+
+            await layer.watch_ports(guest, own, tell)
+
+        async with asyncio.TaskGroup() as group:
+            for layer, own in self.parts(context):
+                group.create_task(watch(layer, own), name=f"ports of {layer.name}")
+
+    def warm_identity(self, sections: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+        whole = [layer.warm_identity(sections) for layer in self.layers]
+        return whole[0] if len(whole) == 1 else whole
+
+    async def before_freeze(self, guest: Guest, context: RuntimeContext) -> None:
+        for layer, own in self.parts(context):
+            await layer.before_freeze(guest, own)
+
+    async def after_fork(self, guest: Guest, context: RuntimeContext) -> list[str]:
+        return [note for layer, own in self.parts(context) for note in await layer.after_fork(guest, own) or ()]
+
+    async def teardown(self, guest: Guest, context: RuntimeContext) -> None:
+        for layer, own in reversed(self.parts(context)):
+            await layer.teardown(guest, own)
+
+    def activate(self, context: RuntimeContext, *, switch: bool) -> list[str]:
+        return [note for layer, own in self.parts(context) for note in layer.activate(own, switch=switch) or ()]
+
+    def deactivate(self, context: RuntimeContext, *, remove: bool) -> list[str]:
+        return [note for layer, own in reversed(self.parts(context))
+                for note in layer.deactivate(own, remove=remove) or ()]
+
+
+def _in_context(check: ReadyCheck, own: RuntimeContext) -> ReadyCheck:
+    async def ask(guest: Guest, _: RuntimeContext) -> bool:
+        return await check.check(guest, own)
+
+    return ReadyCheck(check.name, ask, check.hint, check.timeout)
