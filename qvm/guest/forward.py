@@ -1,135 +1,166 @@
-"""TCP listeners of the guest at the host's 127.0.0.1, with the same port number, for as long as they listen.
+"""What listens in the guest, at the host, for as long as it listens.
 
-The agent reports who listens; `PortForwarder.set_listeners` takes the whole list each time and makes the host match.
-Connections are dialled from within the guest, so its loopback listeners are reachable too. Nothing is ever bound to
-an address other than the host's loopback.
+The agent reports who listens; `PortForwarder.set_listeners` takes the whole list each time and makes the host match:
+as the rules say, and by default at the host's loopback with the same port number (`qvm.guest.portplan`). Each forward
+goes one of two ways:
+
+- the tunnel: a socket of ours on the host, and for each connection one that is dialled from within the guest, so that
+  its loopback listeners and unix sockets are reachable too (for UDP, `qvm.guest.datagrams`);
+- the user network: QEMU accepts and sends packets to the guest's network card. It takes no work from the guest, but
+  reaches only what listens at the guest's own address, and only IPv4.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import ipaddress
 import socket
-import sys
-from collections.abc import Callable, Collection, Iterable
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Protocol
 
-from qvm.errors import QvmError
-from qvm.guest.dial import Connection, Dialer
-from qvm.guest.relay import BACKLOG, Listener, Relays
+from qvm.config.ports import LOOPBACK, PortForward, Ports, SocketPath
+from qvm.errors import GuestError, HostError, QvmError
+from qvm.guest.bind import State, bind_companion, bind_one, bind_ports, explain_refusal
+from qvm.guest.datagrams import DatagramRelay
+from qvm.guest.dial import Connection, DatagramDialer, Datagrams, Dialer, UserNetwork
+from qvm.guest.portplan import Listener, Wanted, format_endpoint, plan
+from qvm.guest.relay import Relays
+from qvm.guest.reverse import ReverseForwards
+from qvm.guest.sockets import bind_unix
 from qvm.log import get_logger
 
 log = get_logger(__name__)
 
 RETRY_PAUSE = 1.0
 SSH_PORT = 22
-HOST = "127.0.0.1"
-# systemd-resolved's stub resolvers: the guest's own business, and port 53 of the host is not theirs.
-_NOT_FOR_HOST = {"127.0.0.53", "127.0.0.54"}
-
-State = Literal["forwarding", "taken", "denied", "failed", "stopped"]
-
-
-def dial_order(addresses: Iterable[str]) -> tuple[str, ...]:
-    """Where in the guest to dial a port that is listened to at `addresses`, best first; () where nowhere.
-
-    A wildcard is reached through loopback; `::` mostly takes IPv4 as well (net.ipv6.bindv6only), so both are tried.
-    """
-    ranked: dict[str, int] = {}
-    for text in addresses:
-        address = ipaddress.ip_address(text.split("%", 1)[0])
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
-        if str(address) in _NOT_FOR_HOST or address.is_link_local:
-            continue
-        if address.is_unspecified and address.version == 6:
-            targets = {"127.0.0.1": 1, "::1": 2}
-        elif address.is_unspecified:
-            targets = {"127.0.0.1": 0}
-        else:
-            targets = {str(address): 0 if str(address) == "127.0.0.1" else 2 if address.is_loopback else 3}
-        for target, rank in targets.items():
-            ranked[target] = min(rank, ranked.get(target, rank))
-    return tuple(sorted(ranked, key=lambda target: (ranked[target], target)))
+MAX_EVENTS = 100
+"""Kept for `status`."""
+_EVENTS = {"forwarding": "forwarding", "stopped": "stopped"}
+"""State -> event; every other state is a `failed`."""
 
 
-def format_endpoint(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+class Binding(Protocol):
+    """Something bound on the host, which `close` frees."""
+
+    def close(self) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Forward:
-    """One guest port: what is wanted, what has been bound, and why not."""
+    """What is wanted, what has been bound for it, and why not."""
 
-    port: int
-    guest: str
-    targets: tuple[str, ...]
+    wanted: Wanted
     state: State = "failed"
     reason: str | None = None
-    listeners: list[Listener] = field(default_factory=list)
+    path: str | None = None
+    """tunnel or user-network."""
+    bindings: list[Binding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        host = self.wanted.host
+        port = host.first if isinstance(host, Ports) else None
         return {
-            "guest": format_endpoint(self.guest, self.port),
-            "host": format_endpoint(HOST, self.port),
-            "port": self.port,
+            "protocol": self.wanted.protocol,
+            "guest": self.wanted.guest,
+            "host": str(host) if port is None else format_endpoint(_address(self.wanted), port),
+            "port": port,
             "state": self.state,
             "reason": self.reason,
+            "path": self.path,
+            "rule": str(self.wanted.rule) if self.wanted.rule is not None else None,
         }
 
 
+def _address(wanted: Wanted) -> str:
+    return (isinstance(wanted.host, Ports) and wanted.host.address) or LOOPBACK
+
+
 class PortForwarder:
-    """Keeps 127.0.0.1 of the host in step with the guest's TCP listeners. Lives in one event loop."""
+    """Keeps the host in step with the guest's listeners and the rules. Lives in one event loop."""
 
     def __init__(
         self,
         dialer: Dialer,
         *,
+        rules: Sequence[PortForward] = (),
+        automatic: bool = True,
+        datagrams: DatagramDialer | None = None,
+        user_network: UserNetwork | None = None,
+        by_user_network: Collection[str] = (),
+        reverse: ReverseForwards | None = None,
         ignore: Collection[int] = (),
         on_event: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """`ignore`: ports never forwarded (22 is always among them). `on_event` gets a status entry on each change."""
+        """`ignore`: TCP ports never forwarded (22 is always among them). `by_user_network`: protocols that go this way
+        where it can reach the listener. `on_event` gets a status entry, and `event`, on each change."""
         self._dialer = dialer
+        self._datagrams = datagrams
+        self._user_network = user_network
+        self._by_user_network = by_user_network if user_network is not None else ()
+        self._automatic = automatic
+        self._rules = tuple(rules)
+        self._reverse = reverse
         self._ignore = {SSH_PORT, *ignore}
         self._on_event = on_event
-        self._forwards: dict[int, _Forward] = {}
+        self._listeners: list[Listener] = []
+        self._forwards: dict[tuple[str, str, str], _Forward] = {}
         self._relays = Relays()
         self._retrying: asyncio.Task[None] | None = None
+        self._asking: set[asyncio.Task[None]] = set()
+        self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        if reverse is not None:
+            reverse.on_change = self._tell
 
-    def set_listeners(self, listeners: Iterable[tuple[str, int]]) -> None:
-        """The guest's TCP listeners as (address, port), all of them; what is no longer among them is closed.
+    def set_listeners(self, tcp: Iterable[tuple[str, int]], udp: Iterable[tuple[str, int]] = ()) -> None:
+        """The guest's listeners as (address, port), all of them; what is no longer among them is closed.
 
         Connections under way live until they end by themselves.
         """
-        by_port: dict[int, list[str]] = {}
-        for address, port in listeners:
-            if port not in self._ignore:
-                by_port.setdefault(port, []).append(address)
-        wanted = {port: (addresses, dial_order(addresses)) for port, addresses in sorted(by_port.items())}
-        wanted = {port: found for port, found in wanted.items() if found[1]}
-        for port in self._forwards.keys() - wanted.keys():
-            self._stop(port)
-        for port, (addresses, targets) in wanted.items():
-            forward = self._forwards.get(port)
-            if forward is None:
-                forward = self._forwards[port] = _Forward(port, addresses[0], targets)
-                self._try_to_bind(forward)
-            forward.guest, forward.targets = addresses[0], targets
-        self._retry_if_needed()
+        self._listeners = [Listener("tcp", *item) for item in tcp] + [Listener("udp", *item) for item in udp]
+        self._follow()
 
-    def ignore(self, ports: Collection[int]) -> None:
-        """Never forward these from the next `set_listeners` on."""
+    def set_rules(self, rules: Sequence[PortForward]) -> None:
+        """Take other rules; what is the same in both goes on undisturbed."""
+        self._rules = tuple(rules)
+        if self._reverse is not None:
+            self._reverse.set_rules(self._rules)
+        self._follow()
+
+    def ignore(self, ports: Iterable[int]) -> None:
+        """TCP ports that are not to be forwarded from the next `set_listeners` on."""
         self._ignore |= set(ports)
 
+    def begin(self) -> None:
+        """Open what needs no listener: sockets of the guest, and the other direction."""
+        self.set_rules(self._rules)
+
+    def _follow(self) -> None:
+        """Make what is bound what is wanted."""
+        wishes = plan(self._listeners, self._rules, automatic=self._automatic, ignore=self._ignore,
+                      user_network=self._by_user_network)
+        wanted = {wish.key: wish for wish in wishes}
+        for key in list(self._forwards):
+            if key not in wanted or not self._forwards[key].wanted.can_become(wanted[key]):
+                self._stop(key)
+        for key, wish in wanted.items():
+            forward = self._forwards.get(key)
+            if forward is None:
+                forward = self._forwards[key] = _Forward(wish)
+                self._try_to_bind(forward)
+            forward.wanted = wish
+        self._retry_if_needed()
+
     def status(self) -> list[dict[str, Any]]:
-        """One entry per guest port: guest, host ("127.0.0.1:8080"), port, state, reason.
+        """One entry per forward: protocol, guest, host ("127.0.0.1:8080"), its port, state, reason, path, rule.
 
         state: forwarding; taken (another process has the host's port) and denied (a privilege is missing), both
-        retried every second; failed (any other refusal of the host, retried too).
+        retried every second; failed (any other refusal, retried too); opening (QEMU is being asked).
         """
-        return [forward.to_dict() for _, forward in sorted(self._forwards.items())]
+        ours = [self._forwards[key].to_dict() for key in sorted(self._forwards, key=_order)]
+        return ours + (self._reverse.status() if self._reverse is not None else [])
 
     @property
     def connections(self) -> int:
@@ -142,98 +173,173 @@ class PortForwarder:
             self._retrying.cancel()
             await asyncio.gather(self._retrying, return_exceptions=True)
             self._retrying = None
-        for port in list(self._forwards):
-            self._stop(port)
+        for key in list(self._forwards):
+            self._stop(key)
+        if self._reverse is not None:
+            await self._reverse.close()
+        await asyncio.gather(*self._asking, return_exceptions=True)
         await self._relays.close()
 
-    def _stop(self, port: int) -> None:
-        forward = self._forwards.pop(port)
-        for listener in forward.listeners:
-            listener.close()
+    def _stop(self, key: tuple[str, str, str]) -> None:
+        forward = self._forwards.pop(key)
+        self._unbind(forward)
         if forward.state == "forwarding":
             forward.state, forward.reason = "stopped", None
-            self._tell(forward)
+            self._tell(forward.to_dict())
 
-    def _try_to_bind(self, forward: _Forward) -> None:
+    def _unbind(self, forward: _Forward) -> None:
+        for binding in forward.bindings:
+            binding.close()
+        forward.bindings = []
+
+    def _try_to_bind(self, forward: _Forward, *, tunnel: bool = False) -> None:
+        """`tunnel`: not by the user network, which has refused."""
         before = forward.state, forward.reason
+        wanted = forward.wanted
         try:
-            sockets = bind_loopback(forward.port)
+            if wanted.conflict is not None:
+                forward.state, forward.reason = "taken", wanted.conflict
+            elif wanted.user_network and not tunnel:
+                self._open_user_network(forward)
+            else:
+                forward.path = "tunnel"
+                forward.bindings = self._open_tunnel(forward)
+                forward.state, forward.reason = "forwarding", None
         except OSError as error:
-            forward.state, forward.reason = explain_refusal(error, forward.port)
-        else:
-            forward.state, forward.reason = "forwarding", None
-            forward.listeners = [
-                self._relays.serve(sock, lambda: self._dial(forward), name=f"port {forward.port}") for sock in sockets
-            ]
-        if (forward.state, forward.reason) != before:
-            self._tell(forward)
+            port = wanted.host.first if isinstance(wanted.host, Ports) else 0
+            forward.state, forward.reason = explain_refusal(error, port)
+        except HostError as error:
+            forward.state, forward.reason = "failed", error.message
+        if (forward.state, forward.reason) != before and forward.state != "opening":
+            self._tell(forward.to_dict())
+
+    def _open_tunnel(self, forward: _Forward) -> list[Binding]:
+        wanted = forward.wanted
+        name = f"{wanted.protocol} {wanted.host}"
+        if isinstance(wanted.host, SocketPath):
+            path = Path(wanted.host.path)
+            listener = self._relays.serve(bind_unix(path), lambda: self._dial(forward), name=name)
+            return [listener, _SocketFile(path)]
+        return self._serve(forward, bind_ports(wanted.host, wanted.protocol), name)
+
+    def _serve(self, forward: _Forward, sockets: list[socket.socket], name: str) -> list[Binding]:
+        if forward.wanted.protocol == "udp":
+            return [DatagramRelay(sock, lambda: self._dial_udp(forward), name=name) for sock in sockets]
+        return [self._relays.serve(sock, lambda: self._dial(forward), name=name) for sock in sockets]
+
+    def _open_user_network(self, forward: _Forward) -> None:
+        """Ask QEMU, after a look of our own, since it says nothing about why it could not. OSError."""
+        wanted = forward.wanted
+        assert isinstance(wanted.host, Ports)
+        port = wanted.host.first
+        bind_one(_address(wanted), port, wanted.protocol).close()
+        forward.path, forward.state, forward.reason = "user-network", "opening", None
+        companions = bind_companion(port, wanted.protocol) if wanted.host.address is None else []
+        forward.bindings = self._serve(forward, companions, f"{wanted.protocol} [::1]:{port}")
+        self._in_background(self._add_to_user_network(forward, _address(wanted), port))
+
+    async def _add_to_user_network(self, forward: _Forward, address: str, port: int) -> None:
+        wanted, network = forward.wanted, self._user_network
+        assert network is not None
+        current = self._forwards.get(wanted.key) is forward
+        if not current:
+            return
+        try:
+            await network.add(wanted.protocol, address, port, wanted.port)
+        except QvmError as error:
+            log.warning("%s; the tunnel does it", error.message)
+            if self._forwards.get(wanted.key) is forward:
+                self._unbind(forward)
+                self._try_to_bind(forward, tunnel=True)
+                self._retry_if_needed()
+            return
+        binding = _UserNetworkBinding(self, wanted.protocol, address, port)
+        if self._forwards.get(wanted.key) is not forward:  # the listener has gone meanwhile
+            binding.close()
+            return
+        forward.bindings.append(binding)
+        forward.state = "forwarding"
+        self._tell(forward.to_dict())
+
+    def remove_from_user_network(self, protocol: str, address: str, port: int) -> None:
+        assert self._user_network is not None
+        self._in_background(self._remove(self._user_network, protocol, address, port))
+
+    async def _remove(self, network: UserNetwork, protocol: str, address: str, port: int) -> None:
+        await network.remove(protocol, address, port)
+        # Whatever waits for this port need not wait for the next round.
+        for forward in list(self._forwards.values()):
+            if forward.state == "taken":
+                self._try_to_bind(forward)
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
 
     async def _dial(self, forward: _Forward) -> Connection:
         """The first of the guest's addresses that answers."""
-        *others, last = forward.targets
+        wanted = forward.wanted
+        *others, last = wanted.targets
+        if wanted.port == 0:
+            return await self._dialer.open_unix(last)
         for target in others:
             try:
-                return await self._dialer.open_tcp(target, forward.port)
+                return await self._dialer.open_tcp(target, wanted.port)
             except QvmError as error:
-                log.debug("%s refused: %s", format_endpoint(target, forward.port), error)
-        return await self._dialer.open_tcp(last, forward.port)
+                log.debug("%s refused: %s", format_endpoint(target, wanted.port), error)
+        return await self._dialer.open_tcp(last, wanted.port)
+
+    async def _dial_udp(self, forward: _Forward) -> Datagrams:
+        if self._datagrams is None:
+            raise GuestError("UDP does not go through SSH")
+        return await self._datagrams.open_udp(forward.wanted.targets[0], forward.wanted.port)
+
+    def _waiting(self) -> list[_Forward]:
+        return [forward for forward in self._forwards.values()
+                if forward.state not in ("forwarding", "opening") and forward.wanted.conflict is None]
 
     def _retry_if_needed(self) -> None:
-        if self._retrying is None and any(forward.state != "forwarding" for forward in self._forwards.values()):
+        if self._retrying is None and self._waiting():
             self._retrying = asyncio.create_task(self._retry(), name="retry of taken ports")
 
     async def _retry(self) -> None:
         """The host tells nobody when a port becomes free, so it is asked once a second while one is wanted."""
-        while waiting := [forward for forward in self._forwards.values() if forward.state != "forwarding"]:
+        while waiting := self._waiting():
             await asyncio.sleep(RETRY_PAUSE)
             for forward in waiting:
-                if self._forwards.get(forward.port) is forward:
+                if self._forwards.get(forward.wanted.key) is forward and forward in self._waiting():
                     self._try_to_bind(forward)
         self._retrying = None
 
-    def _tell(self, forward: _Forward) -> None:
-        entry = forward.to_dict()
-        log.info("port %(port)d: %(state)s (%(reason)s)", entry)
+    def _tell(self, entry: dict[str, Any]) -> None:
+        event = {**entry, "event": _EVENTS.get(entry["state"], "failed"), "time": time.time()}
+        self.events.append(event)
+        log.info("%s %s %s <- %s%s", event["event"], entry["protocol"], entry["guest"], entry["host"],
+                 f": {entry['reason']}" if entry["reason"] else "")
         if self._on_event is not None:
-            self._on_event(entry)
+            self._on_event(event)
 
 
-def bind_loopback(port: int) -> list[socket.socket]:
-    """Listening sockets at 127.0.0.1:`port` and, where the host has it and it is free, [::1]:`port`.
-
-    Many programs try ::1 first for "localhost"; without it they lose time but still arrive. OSError where
-    127.0.0.1 cannot be had.
-    """
-    sockets = [_listen(socket.AF_INET, HOST, port)]
-    try:
-        sockets.append(_listen(socket.AF_INET6, "::1", port))
-    except OSError as error:
-        log.debug("no listener at [::1]:%d: %s", port, error)
-    return sockets
+def _order(key: tuple[str, str, str]) -> tuple[str, int, str, str]:
+    protocol, guest, rule = key
+    return protocol, int(guest) if guest.isdigit() else 0, guest, rule
 
 
-def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if sys.platform.startswith("linux"):
-            # Rebinding past TIME_WAIT. Elsewhere it would also bind over another program's wildcard listener.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((host, port))
-        sock.listen(BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
+@dataclass(frozen=True, slots=True)
+class _UserNetworkBinding:
+    forwarder: PortForwarder
+    protocol: str
+    address: str
+    port: int
+
+    def close(self) -> None:
+        self.forwarder.remove_from_user_network(self.protocol, self.address, self.port)
 
 
-def explain_refusal(error: OSError, port: int) -> tuple[State, str]:
-    """What a failed bind means to the user, with what mends it."""
-    if error.errno == errno.EADDRINUSE:
-        return "taken", f"another process on this host listens on port {port}; it is forwarded once that one ends"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        mend = (f"`sudo sysctl net.ipv4.ip_unprivileged_port_start={port}` allows it"
-                if sys.platform.startswith("linux") else "publish the container on a port of 1024 or above")
-        return "denied", f"port {port} needs a privilege on this host; {mend}"
-    return "failed", f"port {port} cannot be bound: {error.strerror or error}"
+@dataclass(frozen=True, slots=True)
+class _SocketFile:
+    path: Path
+
+    def close(self) -> None:
+        self.path.unlink(missing_ok=True)

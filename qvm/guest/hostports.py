@@ -6,7 +6,7 @@ import socket
 
 from qvm.errors import PortTakenError
 from qvm.guest.dial import Connection, Dialer
-from qvm.guest.forward import bind_loopback, explain_refusal
+from qvm.guest.bind import bind_loopback, explain_refusal
 from qvm.guest.relay import Listener, Relays
 from qvm.log import get_logger
 

@@ -16,7 +16,8 @@ from process_sshd import free_port, running_sshd
 
 from qvm.errors import GuestError
 from qvm.guest.dial import Connection
-from qvm.guest.forward import PortForwarder, bind_loopback
+from qvm.guest.bind import bind_loopback
+from qvm.guest.forward import PortForwarder
 from qvm.guest.ssh import SshConnection
 from qvm.wait import Deadline
 
@@ -129,8 +130,8 @@ def test_a_listener_appears_and_vanishes_with_its_forward() -> None:
             assert await fetch(port, b"hello") == b"hello"
             assert await fetch(port, b"six", host="::1") == b"six"
             assert forwarder.status() == [
-                {"guest": f"0.0.0.0:{port}", "host": f"127.0.0.1:{port}", "port": port, "state": "forwarding",
-                 "reason": None}
+                {"protocol": "tcp", "guest": f"0.0.0.0:{port}", "host": f"127.0.0.1:{port}", "port": port,
+                 "state": "forwarding", "reason": None, "path": "tunnel", "rule": None}
             ]
         forwarder.set_listeners([])
         assert refused(port) and refused(port, "::1") and forwarder.status() == []

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from qvm.guest.forward import dial_order, explain_refusal, format_endpoint
+from qvm.guest.bind import explain_refusal
+from qvm.guest.portplan import dial_order, format_endpoint
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_a_privileged_port_says_what_is_needed() -> None:
 
 
 def test_any_other_refusal_keeps_the_systems_words() -> None:
-    assert explain_refusal(OSError(errno.EADDRNOTAVAIL, "Cannot assign"), 80) == (
+    assert explain_refusal(OSError(errno.ENOBUFS, "Cannot assign"), 80) == (
         "failed", "port 80 cannot be bound: Cannot assign"
     )
 
