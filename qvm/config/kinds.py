@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qvm.arch import find_arch, host_arch
+from qvm.arch import ALL, find_arch, host_arch
 from qvm.config.context import Context, Problem, RejectedError, reject
 from qvm.config.model import Mount
 from qvm.units import GiB, KiB, MiB, format_size, parse_size
@@ -136,7 +136,8 @@ class ArchName(Kind):
         text = _text(raw)
         arch = host_arch() if text == "host" else find_arch(text)
         if arch is None:
-            raise reject(f"{text!r} is not an architecture qvm knows; write x86_64 or aarch64")
+            known = ", ".join(each.name for each in ALL)
+            raise reject(f"{text!r} is not an architecture qvm knows; one of {known}")
         return arch.name
 
     def schema(self) -> dict[str, Any]:

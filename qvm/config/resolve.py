@@ -18,6 +18,7 @@ from qvm.config.load import Tree, load_settings_file
 from qvm.config.model import Config
 from qvm.config.names import validate_profile_name
 from qvm.config.settings import BY_FIELD, BY_KEY, SETTINGS, Change, Setting, find_setting
+from qvm.config.validate import find_misfits
 from qvm.errors import ConfigError
 from qvm.filenames import Files
 
@@ -88,6 +89,8 @@ def resolve_config(
         values[setting.field] = value
         if layer is not None:
             explicit[setting.field] = layer.origin
+    if not problems:
+        problems += find_misfits(values["arch"], values["memory"])
     if problems:
         unique = list(dict.fromkeys(problems))
         raise ConfigError(unique, hint="`qvm start --help` shows every setting with its default")

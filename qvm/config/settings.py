@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qvm.arch import host_arch
+from qvm.arch import ALL, host_arch
 from qvm.config import validate
 from qvm.config.context import Context, Problem
 from qvm.config.kinds import ArchName, Count, Kind, Mounts, Size, Switch, Text, TextList, Variables
@@ -135,9 +135,10 @@ SETTINGS: tuple[Setting, ...] = (
         validate=validate.validate_disk,
     ),
     Setting(
-        "arch", "arch", ArchName(), ("-a", "--arch"), "ARCH", "architecture; the host's only, for now", "host",
+        "arch", "arch", ArchName(), ("-a", "--arch"), "ARCH",
+        "the guest's architecture; all but the host's are emulated", "aarch64",
         default=lambda context: host_arch().name, default_text="host", change=Change.FIXED,
-        choices=lambda: ("host", "x86_64", "aarch64"), validate=validate.validate_arch,
+        choices=lambda: ("host", *(arch.name for arch in ALL)),
     ),
     Setting(
         "runtime", "runtime", Text(), ("-r", "--runtime"), "NAME", "what runs containers", "docker",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from qvm.arch import host_arch
+from qvm.arch import find_arch
 from qvm.config.context import Context, Problem
 from qvm.config.model import Mount
 from qvm.config.names import validate_profile_name as validate_profile_name
@@ -77,11 +77,13 @@ def validate_disk(value: int, context: Context) -> list[Problem]:
     return []
 
 
-def validate_arch(value: str, context: Context) -> list[Problem]:
-    host = host_arch().name
-    if value == host:
-        return []
-    return [Problem(f"{value} differs from this host's {host}; VMs of another architecture are not supported yet")]
+def find_misfits(arch: str, memory: int) -> list[str]:
+    """What does not fit together of values that are each in order."""
+    found = find_arch(arch)
+    most = found.memory_limit if found else None
+    if most is not None and memory > most:
+        return [f"memory: an {arch} VM has at most {format_size(most)}"]
+    return []
 
 
 def validate_image(value: str, context: Context) -> list[Problem]:

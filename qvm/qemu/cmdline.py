@@ -5,7 +5,7 @@ from __future__ import annotations
 from qvm.arch import find_arch
 from qvm.errors import QemuError
 from qvm.instance.spec import InstanceSpec
-from qvm.qemu import devices
+from qvm.qemu import board, devices
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.firmware import missing_firmware_error
 
@@ -19,7 +19,7 @@ def build_argv(spec: InstanceSpec, features: QemuFeatures) -> list[str]:
     arch = find_arch(spec.arch)
     if arch is None or spec.arch != features.arch:
         raise QemuError(f"{features.binary} emulates {features.arch}, not {spec.arch}")
-    if spec.boot is None and features.firmware is None:
+    if spec.boot is None and arch.has_uefi and features.firmware is None:
         raise missing_firmware_error(arch)
     if "user" not in features.netdevs:
         raise QemuError(f"{features.binary} was built without user-mode networking (libslirp)",
@@ -29,14 +29,14 @@ def build_argv(spec: InstanceSpec, features: QemuFeatures) -> list[str]:
         "-nodefaults", "-no-user-config",
         "-display", "none",
         *devices.identity(spec, features),
-        *devices.machine(spec, features),
-        *devices.boot(spec, features),
-        *devices.spare_ports(features),
-        *devices.disks(spec, features),
-        *devices.network(spec),
-        *devices.channels(spec),
-        *devices.comforts(features),
-        *devices.mounts(spec, features),
+        *board.machine(spec, features),
+        *devices.boot(spec, arch, features),
+        *devices.spare_ports(arch, features),
+        *devices.disks(spec, arch, features),
+        *devices.network(spec, arch),
+        *devices.channels(spec, arch),
+        *devices.comforts(arch, features),
+        *devices.mounts(spec, arch, features),
         *devices.monitor(spec),
         *devices.sandbox(features),
         *devices.incoming(spec),

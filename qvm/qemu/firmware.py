@@ -12,14 +12,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qvm.arch import AARCH64, X86_64, Arch
+from qvm.arch import AARCH64, ARMV7L, RISCV64, X86_64, Arch
 from qvm.errors import HostError
 from qvm.qemu.features import Firmware
 from qvm.qemu.packages import firmware_hint
 
 # Secure Boot would refuse kernels that are not signed by Microsoft's chain; SMM is slow without hardware support.
 _UNWANTED = {"secure-boot", "enrolled-keys", "requires-smm"}
-_MACHINES = {X86_64.name: "pc-q35-0.0", AARCH64.name: "virt-0.0"}
+_MACHINES = {X86_64.name: "pc-q35-0.0"}
+_ANY_MACHINE = "virt-0.0"
 
 # For packages without descriptors: (code, variable template), in order of preference.
 _KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
@@ -40,6 +41,18 @@ _KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
         ("/usr/local/share/qemu/edk2-aarch64-code.fd", "/usr/local/share/qemu/edk2-arm-vars.fd"),
         ("/usr/share/qemu/edk2-aarch64-code.fd", "/usr/share/qemu/edk2-arm-vars.fd"),
     ),
+    ARMV7L.name: (
+        ("/usr/share/AAVMF/AAVMF32_CODE.fd", "/usr/share/AAVMF/AAVMF32_VARS.fd"),
+        ("/opt/homebrew/share/qemu/edk2-arm-code.fd", "/opt/homebrew/share/qemu/edk2-arm-vars.fd"),
+        ("/usr/local/share/qemu/edk2-arm-code.fd", "/usr/local/share/qemu/edk2-arm-vars.fd"),
+        ("/usr/share/qemu/edk2-arm-code.fd", "/usr/share/qemu/edk2-arm-vars.fd"),
+    ),
+    RISCV64.name: (
+        ("/usr/share/qemu-efi-riscv64/RISCV_VIRT_CODE.fd", "/usr/share/qemu-efi-riscv64/RISCV_VIRT_VARS.fd"),
+        ("/usr/share/edk2/riscv/RISCV_VIRT_CODE.fd", "/usr/share/edk2/riscv/RISCV_VIRT_VARS.fd"),
+        ("/opt/homebrew/share/qemu/edk2-riscv-code.fd", "/opt/homebrew/share/qemu/edk2-riscv-vars.fd"),
+        ("/usr/share/qemu/edk2-riscv-code.fd", "/usr/share/qemu/edk2-riscv-vars.fd"),
+    ),
 }
 
 
@@ -55,7 +68,9 @@ def descriptor_folders(binary: Path) -> list[Path]:
 
 
 def find_firmware(arch: Arch, binary: Path) -> Firmware | None:
-    """The UEFI firmware for `arch`; None where the host has none."""
+    """The UEFI firmware for `arch`; None where the host has none, or the machine needs none."""
+    if not arch.has_uefi:
+        return None
     return find_described(arch, descriptor_folders(binary)) or _find_known(arch)
 
 
@@ -79,8 +94,8 @@ def parse_descriptor(data: Mapping[str, Any], arch: Arch) -> Firmware | None:
     """The firmware a descriptor describes; None where it is not for our machines. KeyError on a malformed one."""
     mapping = data["mapping"]
     fits = any(
-        target["architecture"] == arch.name
-        and any(fnmatch(_MACHINES[arch.name], pattern) for pattern in target["machines"])
+        target["architecture"] == arch.qemu_target
+        and any(fnmatch(_MACHINES.get(arch.name, _ANY_MACHINE), pattern) for pattern in target["machines"])
         for target in data["targets"]
     )
     usable = (
@@ -98,7 +113,7 @@ def parse_descriptor(data: Mapping[str, Any], arch: Arch) -> Firmware | None:
 
 
 def _find_known(arch: Arch) -> Firmware | None:
-    pairs = (Firmware(Path(code), Path(variables)) for code, variables in _KNOWN[arch.name])
+    pairs = (Firmware(Path(code), Path(variables)) for code, variables in _KNOWN.get(arch.name, ()))
     return next((pair for pair in pairs if pair.code.is_file() and pair.variables.is_file()), None)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qvm.arch import AARCH64, X86_64, Arch
+from qvm import process
+from qvm.arch import Arch
 
 OS_RELEASE = Path("/etc/os-release")
 
@@ -25,34 +26,6 @@ _MANAGERS = {
     "arch": "pacman",
     "suse": "zypper", "opensuse": "zypper",
     "alpine": "apk",
-}
-_QEMU = {
-    ("apt", X86_64.name): X86_64.qemu_package,
-    ("apt", AARCH64.name): AARCH64.qemu_package,
-    ("dnf", X86_64.name): "qemu-system-x86",
-    ("dnf", AARCH64.name): "qemu-system-aarch64",
-    ("pacman", X86_64.name): "qemu-system-x86",
-    ("pacman", AARCH64.name): "qemu-system-aarch64",
-    ("zypper", X86_64.name): "qemu-x86",
-    ("zypper", AARCH64.name): "qemu-arm",
-    ("apk", X86_64.name): "qemu-system-x86_64",
-    ("apk", AARCH64.name): "qemu-system-aarch64",
-    ("brew", X86_64.name): "qemu",
-    ("brew", AARCH64.name): "qemu",
-}
-_FIRMWARE = {
-    ("apt", X86_64.name): "ovmf",
-    ("apt", AARCH64.name): "qemu-efi-aarch64",
-    ("dnf", X86_64.name): "edk2-ovmf",
-    ("dnf", AARCH64.name): "edk2-aarch64",
-    ("pacman", X86_64.name): "edk2-ovmf",
-    ("pacman", AARCH64.name): "edk2-aarch64",
-    ("zypper", X86_64.name): "qemu-ovmf-x86_64",
-    ("zypper", AARCH64.name): "qemu-uefi-aarch64",
-    ("apk", X86_64.name): "ovmf",
-    ("apk", AARCH64.name): "aavmf",
-    ("brew", X86_64.name): "qemu",
-    ("brew", AARCH64.name): "qemu",
 }
 
 
@@ -87,12 +60,23 @@ def qemu_hint(arch: Arch, manager: str | None = None) -> str:
     manager = manager or _manager()
     if manager is None:
         return f"install QEMU for {arch.name} with your package manager, or set QVM_QEMU to its folder"
-    return f"{_INSTALL[manager]} {_QEMU[manager, arch.name]}"
+    names = arch.qemu_packages[manager]
+    return f"{_INSTALL[manager]} {_first_known(names) if manager == 'apt' else names[0]}"
+
+
+def _first_known(names: Sequence[str]) -> str:
+    """The first of a package's names that this host's apt has: releases split what others have in one."""
+    if len(names) > 1 and process.find_program("apt-cache") is not None:
+        for name in names:
+            done = process.run(["apt-cache", "show", "--no-all-versions", "--", name], check=False, timeout=20.0)
+            if done.returncode == 0 and done.stdout:
+                return name
+    return names[0]
 
 
 def firmware_hint(arch: Arch, manager: str | None = None) -> str:
     """How to install the UEFI firmware for `arch` on this host (or with a named package manager)."""
     manager = manager or _manager()
-    if manager is None:
+    if manager is None or manager not in arch.firmware_packages:
         return f"install the UEFI firmware (EDK II) for {arch.name} with your package manager"
-    return f"{_INSTALL[manager]} {_FIRMWARE[manager, arch.name]}"
+    return f"{_INSTALL[manager]} {arch.firmware_packages[manager]}"

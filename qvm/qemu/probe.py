@@ -20,6 +20,7 @@ from qvm.arch import Arch, find_arch
 from qvm.errors import HostError, QemuError, QemuMissingError, QemuTooOldError, QvmError
 from qvm.log import get_logger
 from qvm.process import converse
+from qvm.qemu.bus import virtio
 from qvm.qemu.cache import file_identity, load_entry, save_entry
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.firmware import find_firmware
@@ -36,11 +37,21 @@ PROBE_TIMEOUT = 10.0
 """Seconds. It takes 0.1; macOS verifies a new binary's signature before it first runs."""
 
 ACCELS = ("kvm", "hvf", "tcg")
-REQUIRED = ("virtio-blk-pci", "virtio-net-pci", "virtio-serial-pci", "virtserialport", "pcie-root-port")
-DEVICES = (*REQUIRED, "virtio-rng-pci", "virtio-9p-pci", "vhost-user-fs-pci", "pc-dimm",
-           "virtio-mem-pci", "pvpanic-pci")
+_OPTIONAL = ("pc-dimm", "virtio-mem-pci", "pvpanic-pci")
 PROPERTIES = {"pcie-root-port": ("io-reserve",)}
 _FOLDERS = ("/usr/libexec", "/usr/local/bin", "/opt/homebrew/bin", "/opt/local/bin")
+
+
+def required_devices(arch: Arch) -> tuple[str, ...]:
+    """What every machine of ours needs."""
+    ports = ("pcie-root-port",) if arch.bus == "pcie" else ()
+    return (*(virtio(kind, arch.bus) for kind in ("blk", "net", "serial")), "virtserialport", *ports)
+
+
+def interesting_devices(arch: Arch) -> tuple[str, ...]:
+    """What is asked for: the required ones first."""
+    files = "vhost-user-fs-ccw" if arch.bus == "ccw" else "vhost-user-fs-pci"
+    return (*required_devices(arch), virtio("rng", arch.bus), virtio("9p", arch.bus), files, *_OPTIONAL)
 
 
 def find_qemu(arch: Arch) -> Path | None:
@@ -141,10 +152,10 @@ def _ask(wire: Wire, binary: Path, arch: Arch, scratch: Path) -> QemuFeatures:
         raise QemuTooOldError(f"{binary} is version {'.'.join(map(str, version))}; qvm needs 7.0 or newer",
                               hint=f"upgrade it: {qemu_hint(arch)}")
     target = str(wire.execute("query-target")["arch"])
-    if target != arch.name:
-        raise QemuError(f"it emulates {target}, not {arch.name}")
-    devices = {device: properties for device in DEVICES if (properties := _properties(wire, device)) is not None}
-    lacking = [device for device in REQUIRED if device not in devices]
+    if target != arch.qemu_target:
+        raise QemuError(f"it emulates {target}, not {arch.qemu_target}")
+    devices = {name: found for name in interesting_devices(arch) if (found := _properties(wire, name)) is not None}
+    lacking = [device for device in required_devices(arch) if device not in devices]
     if lacking:
         raise QemuError(f"it was built without {', '.join(lacking)}")
     enums = _enum_values(wire.execute("query-qmp-schema"))

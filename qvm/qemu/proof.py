@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from qvm.arch import find_arch
+from qvm.arch import X86_64
 from qvm.errors import HostError
 from qvm.process import converse
-from qvm.qemu.devices import accelerator, option
+from qvm.qemu.board import accelerator, arch_of, board
 from qvm.qemu.features import QemuFeatures
+from qvm.qemu.words import option
 from qvm.wait import Deadline
 
 PROOF_LINE = b"qvm-proof-ok"
@@ -69,13 +70,11 @@ Prover = Callable[[QemuFeatures, Trial], Outcome]
 
 def build_proof_argv(features: QemuFeatures, trial: Trial, monitor_fd: int) -> list[str]:
     """The smallest machine that runs a kernel: console on standard output, QMP on a descriptor. Pure."""
-    arch = find_arch(features.arch)
-    assert arch is not None, "features are only made for architectures of the table"
-    board = {} if arch.name == "x86_64" else {"gic-version": "host" if trial.accel == "kvm" else "2"}
+    arch = arch_of(features.arch)
     if trial.is_full:
         boot = ["-kernel", str(trial.kernel), "-initrd", str(trial.initrd),
                 "-append", f"console={arch.console} {PROOF_WORD} panic=-1 quiet"]
-    elif arch.name != "x86_64" and features.firmware is not None:
+    elif arch is not X86_64 and features.firmware is not None:
         boot = option("-drive", "if=pflash",
                       {"unit": 0, "format": "raw", "readonly": True, "file": features.firmware.code})
     else:
@@ -84,8 +83,8 @@ def build_proof_argv(features: QemuFeatures, trial: Trial, monitor_fd: int) -> l
         str(features.binary),
         "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none",
-        *option("-machine", arch.machine, board),
-        *accelerator(features.arch, trial.accel, features),
+        *option("-machine", arch.machine, board(arch, trial.accel, features)),
+        *accelerator(arch, trial.accel, features),
         "-m", "256M",
         *boot,
         *option("-chardev", "stdio", {"id": "console", "signal": False}),

@@ -8,12 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvm.arch import AARCH64
+from qvm.arch import find_arch
 from qvm.errors import QemuError
 from qvm.qemu.monitor import Monitor
 
-# Where RAM begins in the guest's address space (QEMU: hw/arm/virt.c).
-_RAM_START = {AARCH64.name: 0x4000_0000}
 _HVA = re.compile(r"\bis (0x[0-9a-f]+)")
 _MOUNT = re.compile(r"mount[0-9]+")
 
@@ -44,7 +42,9 @@ async def read_shape(monitor: Monitor, arch: str) -> RunningShape:
     cpus = len(await monitor.execute("query-cpus-fast"))
     summary = await monitor.execute("query-memory-size-summary")
     peripherals = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
-    blocks = [Block("", int(summary["base-memory"]), _RAM_START.get(arch, 0), await _file_of(monitor, "/objects/ram"))]
+    known = find_arch(arch)
+    start = known.ram_start if known else 0
+    blocks = [Block("", int(summary["base-memory"]), start, await _file_of(monitor, "/objects/ram"))]
     devices = await monitor.execute("query-memory-devices")
     for dimm in sorted((entry["data"] for entry in devices), key=lambda data: int(data["addr"])):
         blocks.append(Block(str(dimm["id"]), int(dimm["size"]), int(dimm["addr"]),

@@ -26,6 +26,7 @@ from qvm.errors import InstanceStateError, PortTakenError, QemuError
 from qvm.filenames import MAX_SOCKET_PATH
 from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
 from qvm.process import Identity, is_alive, kill
+from qvm.qemu.bus import virtio
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.machine import start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
@@ -37,11 +38,25 @@ UUID = "5a4f0a53-64cf-4c7d-9d0c-2b6f3a2f9a01"
 MOUNTS = ("plain", "with space, comma=equals", "Müller 日本", *(f"m{number}" for number in range(7)))
 
 
+# Instructions that wait for ever (wfi where there is one, and a jump back) of a kernel that is a bare image.
+_IDLE = {
+    "aarch64": struct.pack("<II", 0xD503207F, 0x17FFFFFF),
+    "armv7l": struct.pack("<II", 0xE320F003, 0xEAFFFFFD),
+    "riscv64": struct.pack("<II", 0x10500073, 0xFFDFF06F),
+    "s390x": bytes(0x10000) + bytes.fromhex("a7f40000"),  # entered at 64 KiB
+}
+
+
 def idle_kernel(arch: str) -> bytes:
     """A kernel that waits for ever: for x86 a boot sector of the Linux boot protocol (Documentation/arch/x86/boot.rst)
-    that halts in real mode, for Arm a bare wfi loop."""
-    if arch == "aarch64":
-        return struct.pack("<II", 0xD503207F, 0x17FFFFFF).ljust(4096, b"\0")
+    that halts in real mode, for POWER an ELF file, elsewhere a few instructions."""
+    if arch in _IDLE:
+        return _IDLE[arch].ljust(4096, b"\0")
+    if arch == "ppc64le":
+        header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 21, 1, 0x1000, 64, 0, 2, 64, 56, 1, 0,
+                             0, 0)
+        load = struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, 4100, 4100, 4096)
+        return (header + load).ljust(4096, b"\0") + struct.pack("<I", 0x48000000)
     image = bytearray(8192)
     image[0x1F1] = 1  # one sector of setup code
     struct.pack_into("<H", image, 0x1FE, 0xAA55)
@@ -189,16 +204,20 @@ def test_plugging(bench: Bench) -> None:
         disk = make_disk(bench.folder / "more.qcow2")
         await monitor.blockdev_add({"driver": "qcow2", "node-name": "disk-more",
                                     "file": {"driver": "file", "filename": str(disk)}})
-        await monitor.device_add("virtio-blk-pci", "drive-more", bus="port0", drive="disk-more", serial="more")
-        await monitor.device_add("virtio-net-pci", "nic7", bus="port7", romfile="")
+        arch = find_arch(bench.spec.arch)
+        assert arch is not None
+        bus = {"pcie": "port0", "pci": "pci.0"}.get(arch.bus)
+        where = {"bus": bus} if bus else {}
+        await monitor.device_add(virtio("blk", arch.bus), "drive-more", **where, drive="disk-more", serial="more")
+        await monitor.device_add(virtio("net", arch.bus), "nic7", **({"bus": "port7"} if bus == "port0" else where))
         if bench.spec.arch == "x86_64":
             await monitor.object_add("memory-backend-ram", "mem1", size=128 * MiB)
             await monitor.device_add("pc-dimm", "dimm1", memdev="mem1")
         with pytest.raises(QemuError, match="refused device_add"):
-            await monitor.device_add("virtio-net-pci", "nic8", bus="port0", addr="0x0", romfile="")
+            await monitor.device_add(virtio("net", arch.bus), "drive-more", **where)
         assert "drive-more" in await monitor.human("info qtree")
-        # PCIe's own hot-plug lets go at once where the guest drives no slot; ACPI's (x86) waits for a real guest.
-        if bench.spec.arch == "aarch64":
+        # PCIe's own hot-plug lets go at once where the guest drives no slot; the others wait for a real guest.
+        if arch.bus == "pcie" and arch.name != "x86_64":
             await monitor.device_del("drive-more", timeout=5)
             assert "drive-more" not in await monitor.human("info qtree")
             await monitor.blockdev_del("disk-more")

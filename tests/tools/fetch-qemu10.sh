@@ -3,9 +3,9 @@
 #
 #     tests/tools/fetch-qemu10.sh FOLDER
 #
-# afterwards FOLDER/bin/qemu-system-x86_64 and FOLDER/bin/qemu-system-aarch64 run (QVM_QEMU=FOLDER/bin). On Debian 12
-# they come from its backports, on the mirror apt already uses or QVM_DEBIAN_MIRROR; a host whose own QEMU is 10 or
-# newer is used as it is. A second run with the same folder does nothing.
+# afterwards the emulators of every architecture are in FOLDER/bin (QVM_QEMU=FOLDER/bin). On Debian 12 they come from its
+# backports, on the mirror apt already uses or QVM_DEBIAN_MIRROR; a host whose own QEMU is 10 or newer is used as it is.
+# A second run with the same folder does nothing.
 set -eu
 
 fail() {
@@ -16,7 +16,7 @@ fail() {
 [ $# -eq 1 ] || fail "usage: $0 FOLDER"
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
-emulators="qemu-system-x86_64 qemu-system-aarch64"
+emulators="qemu-system-x86_64 qemu-system-aarch64 qemu-system-arm qemu-system-riscv64 qemu-system-ppc64 qemu-system-s390x"
 
 works() {
 	for name in $emulators; do
@@ -33,7 +33,7 @@ mkdir -p "$folder/bin"
 own=$(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version \([0-9]*\).*/\1/p')
 if [ "${own:-0}" -ge 10 ]; then
 	for name in $emulators; do
-		path=$(command -v "$name") || fail "$name is not installed (Debian: apt install qemu-system-x86 qemu-system-arm)"
+		path=$(command -v "$name") || fail "$name is not installed (Debian: apt install qemu-system)"
 		ln -sf "$path" "$folder/bin/$name"
 	done
 	exit 0
@@ -63,7 +63,8 @@ apt_get() {
 }
 apt_get update
 apt_get install --yes --download-only --no-install-recommends --target-release bookworm-backports \
-	qemu-system-x86 qemu-system-arm qemu-system-common qemu-system-data
+	qemu-system-x86 qemu-system-arm qemu-system-riscv qemu-system-ppc qemu-system-s390x qemu-system-common \
+	qemu-system-data opensbi qemu-slof
 
 rm -rf "$folder/root"
 mkdir "$folder/root"

@@ -133,7 +133,7 @@ def test_what_a_nearer_place_hides_must_be_readable_but_need_not_make_sense(reso
         ({"root_disk": "1PiB"}, "unknown unit 'PiB'"),
         ({"disk": "100TiB"}, "at most 64 TiB"),
         ({"arch": "sparc"}, "not an architecture qvm knows"),
-        ({"arch": "aarch64" if host_arch().name == "x86_64" else "x86_64"}, "not supported yet"),
+        ({"arch": "armv7l", "memory": "3.5GiB"}, "an armv7l VM has at most 3 GiB"),
         ({"runtime": "dokcer"}, "did you mean docker?"),
         ({"accel": "warp"}, "not one of auto, kvm, hvf, tcg"),
         ({"image": "/some/disk.qcow2"}, "`qvm image list`"),

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from qvm.arch import ALL
+from qvm.arch import ALL, Arch, find_arch
 from qvm.config.model import Mount
 from qvm.instance.spec import Dimm, Disk, InstanceSpec, KernelBoot
 from qvm.qemu.cmdline import build_argv
@@ -30,10 +30,13 @@ FEATURES = HERE / "features"
 
 HOME = Path("/home/ana/.qvm")
 UUID = "6c1f1f0c-7a8e-4b57-9f2d-0d9a4c2b8e11"
-_CMDLINE = {"x86_64": "root=/dev/vda rw quiet console=ttyS0", "aarch64": "root=/dev/vda rw quiet console=ttyAMA0"}
+_CMDLINE = {arch.name: f"root=/dev/vda rw quiet console={arch.console}" for arch in ALL}
 _FIRMWARE = {
     ("x86_64", "Linux"): Firmware(Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd")),
     ("aarch64", "Linux"): Firmware(Path("/usr/share/AAVMF/AAVMF_CODE.fd"), Path("/usr/share/AAVMF/AAVMF_VARS.fd")),
+    ("armv7l", "Linux"): Firmware(Path("/usr/share/AAVMF/AAVMF32_CODE.fd"), Path("/usr/share/AAVMF/AAVMF32_VARS.fd")),
+    ("riscv64", "Linux"): Firmware(Path("/usr/share/qemu-efi-riscv64/RISCV_VIRT_CODE.fd"),
+                                   Path("/usr/share/qemu-efi-riscv64/RISCV_VIRT_VARS.fd")),
     ("x86_64", "Darwin"): Firmware(Path("/opt/homebrew/share/qemu/edk2-x86_64-code.fd"),
                                    Path("/opt/homebrew/share/qemu/edk2-i386-vars.fd")),
     ("aarch64", "Darwin"): Firmware(Path("/opt/homebrew/share/qemu/edk2-aarch64-code.fd"),
@@ -48,22 +51,44 @@ VARIANTS = ("direct", "uefi", "ramfile", "mounts", "fork")
 
 
 @dataclass(frozen=True)
+class HostKind:
+    system: str
+    machine: str
+    """Its `platform.machine()`."""
+
+    @property
+    def name(self) -> str:
+        return ("mac-" if self.system == "Darwin" else "") + self.machine
+
+    def accels_for(self, arch: Arch) -> tuple[str, ...]:
+        own = find_arch(self.machine) is arch
+        return ("hvf" if self.system == "Darwin" else "kvm", "tcg") if own else ("tcg",)
+
+
+LINUX = HostKind("Linux", "x86_64")
+MAC = HostKind("Darwin", "arm64")
+HOSTS = (LINUX, HostKind("Linux", "aarch64"), MAC, HostKind("Darwin", "x86_64"))
+
+
+@dataclass(frozen=True)
 class Case:
     arch: str
     accel: str
     version: str
     variant: str
+    host: HostKind = LINUX
 
     @property
     def name(self) -> str:
         tail = "" if self.variant == "direct" else f"-{self.variant}"
-        return f"{self.arch}-{self.accel}-{self.version}{tail}"
+        return f"{self.arch}-on-{self.host.name}-{self.accel}-{self.version}{tail}"
 
 
 def cases() -> list[Case]:
+    """Every guest on every kind of host: a host's own accelerator runs its own architecture, TCG all others."""
     plain = [
-        Case(arch.name, accel, version, "direct")
-        for arch in ALL for accel in ("kvm", "hvf", "tcg") for version in ("7.2", "10.0")
+        Case(arch.name, accel, version, "direct", host)
+        for version in ("7.2", "10.0") for arch in ALL for host in HOSTS for accel in host.accels_for(arch)
     ]
     return plain + [Case(arch.name, "tcg", "10.0", variant) for arch in ALL for variant in VARIANTS[1:]]
 
@@ -71,7 +96,7 @@ def cases() -> list[Case]:
 def make_spec(arch: str, accel: str, variant: str = "direct", home: Path = HOME) -> InstanceSpec:
     """A machine with everything on it, all its files under `home`."""
     folder = home / "_instances" / "dev"
-    mounts = AWKWARD_MOUNTS if variant == "mounts" else AWKWARD_MOUNTS[:1]
+    mounts: tuple[tuple[str, bool], ...] = AWKWARD_MOUNTS if variant == "mounts" else AWKWARD_MOUNTS[:1]
     if variant == "mounts":
         mounts += tuple((f"/srv/share{number}", True) for number in range(6))
     under = home if home != HOME else None  # a real run needs real folders
@@ -105,7 +130,7 @@ def make_spec(arch: str, accel: str, variant: str = "direct", home: Path = HOME)
         firmware_vars=folder / "efivars.fd" if variant == "uefi" else None,
         ram_file=folder / "ram" if variant in ("ramfile", "fork") else None,
         ram_shared=variant == "ramfile",
-        dimms=(Dimm("dimm0", GiB, folder / "dimm0"),) if variant == "fork" else (),
+        dimms=(Dimm("dimm0", GiB, folder / "dimm0"),) if variant == "fork" and arch == "x86_64" else (),
         incoming=variant == "fork",
         mount_slots=4 if variant == "fork" else 0,
         idle_folder=home / "idle" if variant == "fork" else None,
@@ -115,30 +140,32 @@ def make_spec(arch: str, accel: str, variant: str = "direct", home: Path = HOME)
 def load_features(arch: str, version: str) -> QemuFeatures:
     """The recorded answers of Debian's QEMU on Linux."""
     data = json.loads((FEATURES / f"qemu-{version}-{arch}.json").read_text())
-    return replace(QemuFeatures.from_dict(data), firmware=_FIRMWARE[arch, "Linux"])
+    return replace(QemuFeatures.from_dict(data), firmware=_FIRMWARE.get((arch, "Linux")))
 
 
-def on_mac(features: QemuFeatures) -> QemuFeatures:
-    """The same QEMU as Homebrew builds it. Not recorded: what differs there is known from its formula and sources."""
+def on_host(features: QemuFeatures, host: HostKind) -> QemuFeatures:
+    """The same QEMU on another host. Not recorded: what differs there is known from Homebrew's formula and QEMU's
+    sources."""
+    own = find_arch(host.machine) is find_arch(features.arch)
+    if host.system == "Linux":
+        return replace(features, host_machine=host.machine, accels=("kvm", "tcg") if own else ("tcg",))
     return replace(
         features,
         binary=Path("/opt/homebrew/bin") / features.binary.name,
         system="Darwin",
-        host_machine="arm64" if features.arch == "aarch64" else "x86_64",
+        host_machine=host.machine,
         package="",
-        accels=("hvf", "tcg"),
+        accels=("hvf", "tcg") if own else ("tcg",),
         devices=tuple(device for device in features.devices if not device.startswith("vhost")),
         netdevs=("user", "stream", "vmnet-shared"),
         sandbox=False,
         io_uring=False,
-        firmware=_FIRMWARE[features.arch, "Darwin"],
+        firmware=_FIRMWARE.get((features.arch, "Darwin")),
     )
 
 
 def build_case(case: Case) -> list[str]:
-    features = load_features(case.arch, case.version)
-    if case.accel == "hvf":
-        features = on_mac(features)
+    features = on_host(load_features(case.arch, case.version), case.host)
     return build_argv(make_spec(case.arch, case.accel, case.variant), features)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from qemu_cases import load_features, make_spec, on_mac
+from qemu_cases import MAC, load_features, make_spec, on_host
 
 from qvm.arch import AARCH64, X86_64
 from qvm.errors import (
@@ -172,13 +172,13 @@ def test_another_architecture_is_emulated_without_a_note(guest: dict[str, Path])
 
 
 def test_mac(guest: dict[str, Path]) -> None:
-    features = on_mac(ARM)
+    features = on_host(ARM, MAC)
     assert choose_accelerator("auto", AARCH64, features, **guest, host=mac(), prover=Prover(GOOD)).accel == "hvf"
     without = choose_accelerator("auto", AARCH64, features, **guest, host=mac(None), prover=Prover(GOOD))
     assert without.accel == "tcg" and "HVF" in (without.note or "")
     denied = choose_accelerator("auto", AARCH64, features, **guest, host=mac(session="2"), prover=Prover(ENTITLED_NOT))
     assert denied.accel == "tcg" and "entitlement" in (denied.verdicts[0].hint or "")
-    foreign = choose_accelerator("auto", X86_64, on_mac(X86), **guest, host=mac(), prover=Prover(GOOD))
+    foreign = choose_accelerator("auto", X86_64, on_host(X86, MAC), **guest, host=mac(), prover=Prover(GOOD))
     assert (foreign.accel, foreign.note) == ("tcg", None)
     with pytest.raises(AcceleratorError, match="exists only on Linux"):
         choose_accelerator("kvm", AARCH64, features, **guest, host=mac(), prover=Prover(GOOD))

@@ -7,14 +7,17 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import pytest
-from qemu_cases import GOLDEN, Case, build_case, cases, load_features, make_spec, on_mac, render
+from qemu_cases import GOLDEN, MAC, Case, build_case, cases, load_features, make_spec, on_host, render
 
+from qvm.arch import ALL
 from qvm.config.model import Mount
 from qvm.errors import HostError, QemuError, UsageError
 from qvm.instance.spec import Disk
-from qvm.qemu import devices
 from qvm.qemu.cmdline import build_argv
+from qvm.qemu.devices import MAX_MOUNTS
 from qvm.qemu.features import QemuFeatures
+from qvm.qemu.words import option
+from qvm.units import GiB
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
@@ -34,7 +37,7 @@ def values(argv: list[str], flag: str) -> list[str]:
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_no_two_devices_share_an_address_or_an_id(case: Case) -> None:
     devs = values(build_case(case), "-device")
-    addresses = [part for value in devs for part in value.split(",") if part.startswith("addr=")]
+    addresses = [part for value in devs for part in value.split(",") if part.startswith(("addr=", "devno="))]
     assert len(set(addresses)) == len(addresses)
     ids = [part for value in devs for part in value.split(",") if part.startswith("id=")]
     assert len(set(ids)) == len(ids)
@@ -56,7 +59,7 @@ def test_every_disk_names_its_format(case: Case) -> None:
 
 
 def test_commas_in_paths_are_doubled_and_equal_signs_kept() -> None:
-    assert devices.option("-x", "head", {"path": Path("/a,b=c d"), "flag": True, "off": False, "none": None}) == [
+    assert option("-x", "head", {"path": Path("/a,b=c d"), "flag": True, "off": False, "none": None}) == [
         "-x", "head,path=/a,,b=c d,flag=on,off=off",
     ]
 
@@ -83,7 +86,7 @@ def test_addresses_stay_random_except_where_emulation_pays_dearly(
 
 def test_many_mounts_fill_many_slots() -> None:
     features = load_features("x86_64", "10.0")
-    some = tuple(Mount(Path(f"/m{number}"), PurePosixPath(f"/m{number}")) for number in range(devices.MAX_MOUNTS))
+    some = tuple(Mount(Path(f"/m{number}"), PurePosixPath(f"/m{number}")) for number in range(MAX_MOUNTS))
     argv = build_argv(replace(make_spec("x86_64", "tcg"), mounts=some), features)
     last = [value for value in values(argv, "-device") if value.startswith("virtio-9p-pci")][-1]
     assert "addr=0x1e.0x7" in last
@@ -148,9 +151,10 @@ def test_disk_ids_fit_a_virtio_serial_number() -> None:
         build_argv(spec, load_features("x86_64", "7.2"))
 
 
-def test_an_x86_guest_on_an_arm_host_gets_no_threads_forced_on_it() -> None:
-    mac = replace(on_mac(load_features("x86_64", "10.0")), host_machine="arm64")
-    assert "tcg,tb-size=512" in build_argv(make_spec("x86_64", "tcg"), mac)
+def test_a_guest_of_strong_memory_order_on_an_arm_host_gets_no_threads_forced_on_it() -> None:
+    for arch, plain in (("x86_64", True), ("s390x", True), ("aarch64", False), ("riscv64", False)):
+        mac = on_host(load_features(arch, "10.0"), MAC)
+        assert ("tcg,tb-size=512" in build_argv(make_spec(arch, "tcg"), mac)) is plain
 
 
 def test_the_process_name_has_at_most_15_bytes() -> None:
@@ -158,7 +162,31 @@ def test_the_process_name_has_at_most_15_bytes() -> None:
     assert "guest=a-long-profile-name,process=qvm-a-long-prof" in [word.lstrip(",") for word in argv]
 
 
-@pytest.mark.parametrize("arch", ["x86_64", "aarch64"])
+def test_devices_are_those_of_the_architectures_bus() -> None:
+    for arch, bus in (("x86_64", "pcie.0"), ("armv7l", "pcie.0"), ("riscv64", "pcie.0"), ("ppc64le", "pci.0")):
+        devs = values(build_argv(make_spec(arch, "tcg", "mounts"), load_features(arch, "7.2")), "-device")
+        places = {part for value in devs for part in value.split(",") if part.startswith("bus=")}
+        assert places == {f"bus={bus}", "bus=channels.0"}
+    devs = values(build_argv(make_spec("s390x", "tcg", "mounts"), load_features("s390x", "7.2")), "-device")
+    assert not [value for value in devs if "pci" in value or "addr=" in value]
+
+
+def test_a_disk_of_power_or_z_boots_by_the_machines_own_firmware() -> None:
+    for arch in ("ppc64le", "s390x"):
+        argv = build_argv(make_spec(arch, "tcg", "uefi"), load_features(arch, "7.2"))
+        assert not {"-kernel", "-drive"} & set(argv)
+        assert [value for value in values(argv, "-device") if "bootindex=0" in value and "drive=disk-root" in value]
+
+
+def test_a_32_bit_machine_has_so_much_memory_and_no_more() -> None:
+    features = load_features("armv7l", "7.2")
+    build_argv(replace(make_spec("armv7l", "tcg"), memory=3 * GiB), features)
+    with pytest.raises(UsageError, match="at most 3 GiB") as caught:
+        build_argv(replace(make_spec("armv7l", "tcg"), memory=4 * GiB), features)
+    assert caught.value.hint == "start with less: --memory 3"
+
+
+@pytest.mark.parametrize("arch", [arch.name for arch in ALL])
 @pytest.mark.parametrize("version", ["7.2", "10.0"])
 def test_features_survive_json(arch: str, version: str) -> None:
     features = load_features(arch, version)
