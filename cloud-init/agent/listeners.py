@@ -1,4 +1,4 @@
-"""TCP ports that can be reached in the guest."""
+"""Ports that can be reached in the guest."""
 
 import _socket as socket
 import _struct as struct
@@ -8,9 +8,12 @@ from .base import CHUNK
 from .files import read, write_atomic
 from .jsontext import parse_json
 
+PROTOCOLS = {"tcp": (socket.IPPROTO_TCP, 10), "udp": (socket.IPPROTO_UDP, 7)}  # number; TCP_LISTEN or TCP_CLOSE
+
 
 class Listeners:
-    """TCP ports that can be reached in the guest: listening sockets, and host ports that CNI redirects by netfilter.
+    """TCP and UDP ports that can be reached in the guest: listening sockets, for UDP those that are bound and not
+    connected, and host ports that CNI redirects by netfilter.
 
     Listening sockets are read from sock_diag(7), which looks only at listeners; /proc/net/tcp would walk the table of
     all connections. Containers published by CNI's portmap plugin have no listener at all, but libcni keeps what it
@@ -24,6 +27,7 @@ class Listeners:
     def __init__(self, root="/"):
         self.results_folder, self.stale_file = root.rstrip("/") + self.RESULTS, root.rstrip("/") + self.STALE
         self.netlink = None
+        self.without_diag = set()
         self.last = None
         self.published = set()
         self.seen = None
@@ -46,25 +50,35 @@ class Listeners:
             return []
 
     def changed(self):
-        """The new list [[address, port] ...], sorted, or None where it is as it was."""
-        current = sorted(self.listening() | self.redirected())
-        if current == self.last:
+        """The new lists {"tcp": [[address, port] ...], "udp": ...}, sorted, or None where they are as they were."""
+        found = self.listening() | self.redirected()
+        if found == self.last:
             return None
-        self.last = current
-        return [list(item) for item in current]
+        self.last = found
+        return {protocol: [[address, port] for kind, address, port in sorted(found) if kind == protocol]
+                for protocol in PROTOCOLS}
 
     def listening(self):
-        try:
-            return self.by_netlink(socket.AF_INET) | self.by_netlink(socket.AF_INET6)
-        except OSError:
-            self.netlink = None
-            return self.by_proc()
+        found = set()
+        for protocol in PROTOCOLS:
+            try:
+                if protocol in self.without_diag:
+                    raise OSError
+                ports = self.by_netlink(protocol, socket.AF_INET) | self.by_netlink(protocol, socket.AF_INET6)
+            except OSError:
+                self.netlink = None
+                if protocol == "udp":  # a module of its own, which a kernel may lack
+                    self.without_diag.add(protocol)
+                ports = self.by_proc(protocol)
+            found |= {(protocol, address, port) for address, port in ports}
+        return found
 
-    def by_netlink(self, family):
+    def by_netlink(self, protocol, family):
         if self.netlink is None:
             self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)
             self.netlink.settimeout(1)
-        self.netlink.send(self.REQUEST.pack(72, 20, 0x301, 1, 0, family, socket.IPPROTO_TCP, 0, 0, 1 << 10))
+        number, state = PROTOCOLS[protocol]
+        self.netlink.send(self.REQUEST.pack(72, 20, 0x301, 1, 0, family, number, 0, 0, 1 << state))
         found = set()
         while True:
             reply, at = self.netlink.recv(CHUNK), 0
@@ -76,16 +90,16 @@ class Listeners:
                     raise OSError(-struct.unpack_from("=i", reply, at + 16)[0], "sock_diag")
                 port = struct.unpack_from(">H", reply, at + 20)[0]
                 size = 4 if family == socket.AF_INET else 16
-                found.add((socket.inet_ntop(family, reply[at + 24 : at + 24 + size]), port))
+                if port:
+                    found.add((socket.inet_ntop(family, reply[at + 24 : at + 24 + size]), port))
                 at += (length + 3) & ~3
 
-    @staticmethod
-    def by_proc():
+    def by_proc(self, protocol):
         found = set()
-        for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for name, family in ((protocol, socket.AF_INET), (protocol + "6", socket.AF_INET6)):
             for line in (read(f"/proc/net/{name}") or b"").decode().splitlines()[1:]:
                 words = line.split()
-                if words[3] == "0A":  # TCP_LISTEN
+                if int(words[3], 16) == PROTOCOLS[protocol][1]:
                     address, port = words[1].split(":")
                     raw = bytes.fromhex(address)
                     raw = b"".join(struct.pack("=I", word) for word in struct.unpack(f">{len(raw) // 4}I", raw))
@@ -120,7 +134,8 @@ class Listeners:
             for mapping in wanted:
                 # go-cni writes HostPort where CNI's convention says hostPort; Go reads either.
                 item = {key.lower(): value for key, value in mapping.items()}
-                if item.get("protocol", "tcp").lower() == "tcp" and item.get("hostport"):
-                    yield item.get("hostip") or "0.0.0.0", int(item["hostport"])
+                protocol = item.get("protocol", "tcp").lower()
+                if protocol in PROTOCOLS and item.get("hostport"):
+                    yield protocol, item.get("hostip") or "0.0.0.0", int(item["hostport"])
         except (ValueError, KeyError, TypeError, AttributeError):
             return

@@ -12,13 +12,13 @@ from .commands import Commands
 from .files import read, write_atomic
 from .identity import Identity
 from .loop import Loop
+from .mux import Mux
 from .port import CONTROL_PORT, STREAM_PORT, Port, open_port
-from .streams import Mux
 from .system import System
 
 VERSION = 1
 OUTBOX_LOST = 8 << 20  # bytes; above this nobody is reading: the session is dropped
-TICK = 0.2  # seconds
+TICK = 0.1  # seconds
 USAGE = "agent.py [--control PATH|fd:N] [--streams PATH|fd:N] [--seed DEVICE|FILE|none] [--root DIR]"
 
 

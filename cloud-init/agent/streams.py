@@ -6,11 +6,17 @@ import errno
 import os
 import select
 
-from .base import CHUNK, Failure, log
+from .base import CHUNK, Failure
 
 STREAM_WINDOW = 512 << 10
 OPEN, OPENED, FAILED, DATA, EOF, RESET, CREDIT = range(1, 8)
 HEADER = struct.Struct(">IBI")
+
+
+def parse_address(text):
+    """ADDRESS:PORT as (family, what the socket module takes)."""
+    host, _, port = text.rpartition(":")
+    return socket.AF_INET6 if ":" in host else socket.AF_INET, ("127.0.0.1" if host == "localhost" else host, int(port))
 
 
 class Stream:
@@ -22,18 +28,20 @@ class Stream:
         self.input_end = self.output_end = self.shut = False
         self.opened = False
         self.mask = 0
+        self.take_socket(target)
+        self.socket.setblocking(False)
+        self.connect()
+
+    def take_socket(self, target):
         kind, _, rest = target.partition(":")
         if kind == "unix":
             self.socket, self.address = socket.socket(socket.AF_UNIX), rest
         elif kind == "tcp":
-            host, _, port = rest.rpartition(":")
-            self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            family, self.address = parse_address(rest)
+            self.socket = socket.socket(family)
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.address = ("127.0.0.1" if host == "localhost" else host, int(port))
         else:
             raise Failure(f"unknown target {target!r}")
-        self.socket.setblocking(False)
-        self.connect()
 
     def connect(self):
         number = self.socket.connect_ex(self.address)
@@ -136,75 +144,3 @@ class Stream:
             self.mask = 0
         self.socket.close()
         self.mux.streams.pop(self.number, None)
-
-
-class Mux:
-    """The stream port: frames to and from the host, one session at a time."""
-
-    def __init__(self, loop, port):
-        self.loop, self.port = loop, port
-        self.sockets = loop.group()  # muted while the port is full
-        self.streams = {}
-        self.retry = []
-        self.buffer = bytearray()
-        self.marker = None  # bytes that begin the next session; everything before them belongs to an older one
-        self.live = False
-
-    def begin(self, marker):
-        for stream in list(self.streams.values()):
-            stream.close()
-        self.retry.clear()
-        self.buffer.clear()
-        self.port.out.clear()
-        self.marker, self.live = marker, False
-
-    def frame(self, number, kind, payload=b""):
-        self.port.out += HEADER.pack(number, kind, len(payload))
-        self.port.out += payload
-
-    def on_port(self, _events=0):
-        self.buffer += self.port.read()
-        if self.marker is not None:
-            at = self.buffer.find(self.marker)
-            if at < 0:
-                del self.buffer[: -len(self.marker)]
-                return
-            del self.buffer[: at + len(self.marker)]
-            self.port.out += self.marker
-            self.marker, self.live = None, True
-        if not self.live:
-            self.buffer.clear()
-            return
-        at, end = 0, len(self.buffer)
-        while end - at >= HEADER.size:
-            number, kind, length = HEADER.unpack_from(self.buffer, at)
-            if kind > CREDIT or length > STREAM_WINDOW:
-                log("stream port: lost the frames; the host must begin anew")
-                self.begin(None)
-                return
-            if end - at - HEADER.size < length:
-                break
-            start = at + HEADER.size
-            at = start + length
-            self.dispatch(number, kind, bytes(self.buffer[start:at]))
-        del self.buffer[:at]
-
-    def connect_again(self):
-        waiting, self.retry = self.retry, []
-        for stream in waiting:
-            if self.streams.get(stream.number) is stream:
-                stream.connect()
-
-    def dispatch(self, number, kind, payload):
-        if kind != OPEN:
-            stream = self.streams.get(number)
-            if stream is not None:
-                stream.on_frame(kind, payload)
-            return
-        try:
-            credit, target = struct.unpack_from(">I", payload)[0], payload[4:].decode()
-            stream = self.streams[number] = Stream.__new__(Stream)
-            stream.__init__(self, number, credit, target)
-        except (OSError, Failure, ValueError) as error:
-            self.streams.pop(number, None)
-            self.frame(number, FAILED, str(error).encode())

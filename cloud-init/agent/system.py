@@ -19,11 +19,11 @@ class System:
     def report_listeners(self):
         changed = self.listeners.changed() if self.listeners is not None else None
         if changed is not None:
-            self.channel.send({"event": "listeners", "tcp": changed})
+            self.channel.send({"event": "listeners", **changed})
 
     def op_listeners(self, message):
         self.listeners = Listeners(self.options["--root"])
-        return {"ok": True, "tcp": self.listeners.changed()}
+        return {"ok": True, **self.listeners.changed()}
 
     def op_write_file(self, message):
         data = self.channel.collect(message)

@@ -40,7 +40,7 @@ class AgentChannel(AgentWire):
     def __init__(self, on_event: Callable[[Event], None] | None = None) -> None:
         super().__init__(on_event)
         self.listeners: tuple[tuple[str, int], ...] = ()
-        """Address and port of what listens in the guest, after `watch_listeners`."""
+        """Address and port of what listens for TCP in the guest, after `watch_listeners`."""
         self._stale_ids: tuple[str, ...] = ()
         self._seed = SeedState("pending")
         self._seed_done = asyncio.Event()
@@ -241,7 +241,7 @@ class AgentChannel(AgentWire):
         """From now on `listeners` events come and `listeners` is kept; the first event is this answer."""
         self._watching = True  # a new session, also one that begins right now, asks again
         answer = await self.request("listeners", timeout=30.0)
-        self._on_event({"event": "listeners", "tcp": answer["tcp"]})
+        self._on_event({"event": "listeners", "tcp": answer["tcp"], "udp": answer.get("udp", [])})
         return self.listeners
 
     async def begin_streams(self, marker: bytes) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 
 from qvm.errors import PortTakenError
-from qvm.guest.dial import Connection, Dialer
 from qvm.guest.bind import bind_loopback, explain_refusal
+from qvm.guest.dial import Connection, Dialer
 from qvm.guest.relay import Listener, Relays
 from qvm.log import get_logger
 

@@ -35,7 +35,7 @@ Host to guest, `{"id": N, "op": ...}`; the guest answers `{"id": N, "ok": true, 
     grow                                        -> grown [mount points]
     hardware    cpus, memory (bytes)            -> cpus, memory, complete; waits for what was plugged in
     mount_users targets                         -> users [{pid, comm, target, how, container}]
-    listeners                                   -> tcp, as in the event, which is sent from now on
+    listeners                                   -> tcp, udp, as in the event, which is sent from now on
     streams     marker (base64)                 the stream port starts anew where these bytes come by
     shutdown    reboot
     update      data, more                      -> changed; then the new agent's `started` event, and a new hello is due
@@ -48,7 +48,7 @@ Events, guest to host, without an id:
 
     started     pid                             a new agent has opened the port: older requests are lost
     seed        state (pending, absent, applied, failed), errors [{step, message}], seconds, timings
-    listeners   tcp [[address, port], ...]      the whole list, within 300 ms of a change
+    listeners   tcp, udp [[address, port], ...] the whole lists, within 150 ms of a change
     garbage     message
 
 The byte streams
@@ -57,7 +57,9 @@ Port `org.qvm.stream`. After `streams` was answered, the host writes the marker 
 dropped all before it, writes it back; what follows on both sides are frames: stream number (u32), kind (u8), length
 (u32), big-endian, then the payload. Numbers are the host's choice and never used twice in a session.
 
-    OPEN    host   u32 credit, then "tcp:ADDRESS:PORT" or "unix:PATH"
+    OPEN    host   u32 credit, then what to connect to: "tcp:ADDRESS:PORT", "unix:PATH", "udp:ADDRESS:PORT", where
+                   each DATA is one datagram; or "listen:" before the first two, which sends one byte of DATA for each
+                   connection that somebody has made; or "accept:NUMBER" for the next connection of that listener
     OPENED  guest  u32 credit
     FAILED  guest  why, as text; the stream is over
     DATA    both   at most `MAX_FRAME` bytes and never more than the credit that is left

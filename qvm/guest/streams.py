@@ -47,7 +47,7 @@ class MuxStream:
 
     def __init__(self, mux: StreamMux, number: int) -> None:
         self._mux = mux
-        self._number = number
+        self.number = number
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._input: deque[bytes] = deque()
         self._input_end = False
@@ -75,11 +75,15 @@ class MuxStream:
         if size > limit:
             self._input.appendleft(data[limit:])
             data = data[:limit]
-        self._owed += len(data)
-        if self._owed >= _CREDIT_STEP and not self._input_end and self._error is None:
-            self._mux.write(encode_frame(self._number, CREDIT, struct.pack(">I", self._owed)))
-            self._owed = 0
+        self._owe(len(data))
         return data
+
+    def _owe(self, size: int) -> None:
+        """Tell the guest, now and then, what has been taken."""
+        self._owed += size
+        if self._owed >= _CREDIT_STEP and not self._input_end and self._error is None:
+            self._mux.write(encode_frame(self.number, CREDIT, struct.pack(">I", self._owed)))
+            self._owed = 0
 
     async def send(self, data: bytes) -> None:
         view = memoryview(data)
@@ -94,14 +98,34 @@ class MuxStream:
                 continue
             piece = view[: min(MAX_FRAME, self._credit)]
             self._credit -= len(piece)
-            self._mux.write(encode_frame(self._number, DATA, bytes(piece)))
+            self._mux.write(encode_frame(self.number, DATA, bytes(piece)))
             view = view[len(piece) :]
+            await self._mux.writable()
+
+    async def recv_message(self) -> bytes:
+        """One datagram, of a stream to a UDP socket."""
+        while not self._input:
+            if self._error is not None or self._input_end:
+                raise self._error or GuestError("the guest has closed the socket")
+            self._readable.clear()
+            await self._readable.wait()
+        data = self._input.popleft()
+        self._owe(len(data))
+        return data
+
+    async def send_message(self, data: bytes) -> None:
+        """One datagram; lost where the guest has not taken those before it."""
+        if self._error is not None:
+            raise self._error
+        if len(data) <= min(self._credit, MAX_FRAME):
+            self._credit -= len(data)
+            self._mux.write(encode_frame(self.number, DATA, data))
             await self._mux.writable()
 
     async def send_eof(self) -> None:
         if not self._output_end and self._error is None:
             self._output_end = True
-            self._mux.write(encode_frame(self._number, EOF))
+            self._mux.write(encode_frame(self.number, EOF))
             self._forget_if_over()
 
     async def close(self) -> None:
@@ -109,7 +133,7 @@ class MuxStream:
             over = self._input_end and self._output_end
             self.fail(GuestError("the connection was closed"))
             if not over and self._mux.live:
-                self._mux.write(encode_frame(self._number, RESET))
+                self._mux.write(encode_frame(self.number, RESET))
         self._input.clear()
 
     def on_frame(self, kind: int, payload: bytes) -> None:
@@ -135,7 +159,7 @@ class MuxStream:
     def fail(self, error: GuestError) -> None:
         """The stream is over; what was received can still be read."""
         self._error = self._error or error
-        self._mux.forget(self._number)
+        self._mux.forget(self.number)
         if not self.opened.done():
             self.opened.set_exception(self._error)
             self.opened.exception()
@@ -144,11 +168,31 @@ class MuxStream:
 
     def _forget_if_over(self) -> None:
         if self._input_end and self._output_end:
-            self._mux.forget(self._number)
+            self._mux.forget(self.number)
+
+
+class MuxListener:
+    """A socket that listens in the guest; a `qvm.guest.dial.GuestListener`."""
+
+    def __init__(self, mux: StreamMux, stream: MuxStream) -> None:
+        self._mux = mux
+        self._stream = stream
+
+    async def accept(self) -> MuxStream:
+        while True:
+            if not await self._stream.recv(1):
+                raise GuestError("the guest listens no more")
+            try:
+                return await self._mux.open(f"accept:{self._stream.number}")
+            except GuestError as error:  # whoever it was has gone again; where the listener has, the next look says so
+                _log.debug("%s", error)
+
+    async def close(self) -> None:
+        await self._stream.close()
 
 
 class StreamMux(asyncio.Protocol):
-    """Opens any number of connections in the guest; a `qvm.guest.dial.Dialer`.
+    """Opens any number of connections in the guest; a `qvm.guest.dial.Dialer`, DatagramDialer and GuestBinder.
 
     Begin with `connect` after the channel's `hello`. When the agent starts anew, streams that were open fail and new
     ones can be opened as soon as the channel has its new session.
@@ -178,10 +222,19 @@ class StreamMux(asyncio.Protocol):
 
     async def open_tcp(self, host: str, port: int) -> MuxStream:
         """`host` is an address (or localhost): names are not looked up in the guest."""
-        return await self._open(f"tcp:{host}:{port}")
+        return await self.open(f"tcp:{host}:{port}")
 
     async def open_unix(self, path: str) -> MuxStream:
-        return await self._open(f"unix:{path}")
+        return await self.open(f"unix:{path}")
+
+    async def open_udp(self, host: str, port: int) -> MuxStream:
+        return await self.open(f"udp:{host}:{port}")
+
+    async def listen_tcp(self, host: str, port: int) -> MuxListener:
+        return MuxListener(self, await self.open(f"listen:tcp:{host}:{port}"))
+
+    async def listen_unix(self, path: str) -> MuxListener:
+        return MuxListener(self, await self.open(f"listen:unix:{path}"))
 
     async def close(self) -> None:
         """Break every stream and let go of the port. Idempotent, raises nothing."""
@@ -209,7 +262,8 @@ class StreamMux(asyncio.Protocol):
     async def _begin_again(self) -> None:
         await self._begin(_OPEN_TIMEOUT)
 
-    async def _open(self, target: str) -> MuxStream:
+    async def open(self, target: str) -> MuxStream:
+        """`target` as `qvm.guest.protocol` has it."""
         if not self.live:
             raise GuestError("the streams to the guest are not open")
         self._number += 1
