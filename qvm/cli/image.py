@@ -1,7 +1,8 @@
-"""image list, build, pull, rm, warm."""
+"""image list, build, pull, import, rm, prune, warm."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,6 +24,7 @@ _arch = click.option(
         name for name in ("x86_64", "aarch64") if name.startswith(incomplete)
     ],
 )  # fmt: skip
+_arch_found = click.option("-a", "--arch", metavar="ARCH", help="Architecture. [found in the image]")
 
 
 def _default_image() -> str:
@@ -31,7 +33,7 @@ def _default_image() -> str:
 
 @click.group(cls=AliasGroup, aliases=_ALIASES, no_args_is_help=False, epilog="Example: qvm image list")
 def image() -> None:
-    """List, build, fetch and remove images."""
+    """List, build, fetch, import and remove images."""
 
 
 @image.command("list", epilog="Example: qvm image list --json")
@@ -62,11 +64,32 @@ def build(invocation: Invocation, /, *, name: str | None, arch: str | None, forc
 @_name
 @_arch
 def pull(invocation: Invocation, /, *, name: str | None, arch: str | None) -> None:
-    """Have an image in the cache, by download or build."""
+    """Have an image in the cache, by download or build; IMAGE may be an address with digest, too."""
     from qvm.commands.image import pull as do_pull
 
     with invocation.progress() as progress:
         result = do_pull(name or _default_image(), arch, progress=progress)
+    emit(invocation, result, render.render_image, essential=False)
+
+
+@image.command("import", epilog="Example: qvm image import my.qcow2 --name mine")
+@common_options(name=False)
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("-n", "--name", metavar="NAME", help="What to call it. [the file's name without its endings]")
+@_arch_found
+@click.option("--digest", metavar="DIGEST", help="What the file must have: sha256:... or sha512:...")
+@click.option("-f", "--force", is_flag=True, help="Replace an imported image of that name.")
+def import_(
+    invocation: Invocation, /, *, file: Path, name: str | None, arch: str | None, digest: str | None, force: bool
+) -> None:
+    """Keep a disk image of your own under a name, for `--image`.
+
+    Takes qcow2 and raw disks, also as .gz, .xz and .zst, that boot by UEFI and are configured by cloud-init.
+    """
+    from qvm.commands.image import import_image
+
+    with invocation.progress() as progress:
+        result = import_image(file, name, arch, digest=digest, force=force, progress=progress)
     emit(invocation, result, render.render_image, essential=False)
 
 
@@ -79,6 +102,17 @@ def remove(invocation: Invocation, /, *, name: str) -> None:
 
     with invocation.progress() as progress:
         result = do_remove(name, progress=progress)
+    emit(invocation, result, render.render_removed, essential=False)
+
+
+@image.command(epilog="Example: qvm image prune")
+@common_options(name=False)
+def prune(invocation: Invocation, /) -> None:
+    """Remove images that nothing needs any more; imported ones stay."""
+    from qvm.commands.image import prune as do_prune
+
+    with invocation.progress() as progress:
+        result = do_prune(progress=progress)
     emit(invocation, result, render.render_removed, essential=False)
 
 

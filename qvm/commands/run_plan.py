@@ -303,12 +303,12 @@ def _watched(config: Config, image: Image, arch: Arch, features: QemuFeatures, r
     import inspect
 
     from qvm.config.resolve import template_file
-    from qvm.image.store import images_dir
+    from qvm.image.ensure import deciding_files
 
     folders = [Path(folder) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder]
     return [
         template_file(),
-        images_dir() / "refs" / f"{config.image}-{arch.name}.json",
+        *deciding_files(config.image, arch),
         image.disk,
         features.binary.resolve(),
         *(folder / arch.qemu_binary for folder in folders),

@@ -73,6 +73,19 @@ class Text(Kind):
 
 
 @dataclass(frozen=True, slots=True)
+class ImageName(Text):
+    """A name, an address, or a file: anything with a slash, made absolute."""
+
+    def parse(self, raw: object, context: Context) -> str:
+        text = _text(raw)
+        if "://" in text or "/" not in text:
+            return text
+        if text.startswith("~/"):
+            text = f"{context.home()}{text[1:]}"
+        return str((context.cwd / text).resolve())
+
+
+@dataclass(frozen=True, slots=True)
 class Count(Kind):
     def parse(self, raw: object, context: Context) -> int:
         text = _text(raw)

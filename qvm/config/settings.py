@@ -14,8 +14,9 @@ from typing import Any
 from qvm.arch import ALL, host_arch
 from qvm.config import validate
 from qvm.config.context import Context, Problem
-from qvm.config.kinds import ArchName, Count, Kind, Mounts, Size, Switch, Text, TextList, Variables
+from qvm.config.kinds import ArchName, Count, ImageName, Kind, Mounts, Size, Switch, Text, TextList, Variables
 from qvm.config.names import DEFAULT_PROFILE
+from qvm.config.ports import Forwards, validate_rules
 from qvm.config.network import (
     Files,
     Proxies,
@@ -113,6 +114,13 @@ def _validate_accel(value: str, context: Context) -> list[Problem]:
     return [] if value in ACCELERATORS else [Problem(f"{value!r} is not one of {', '.join(ACCELERATORS)}")]
 
 
+PORT_FORWARDERS = ("auto", "user", "ssh", "none")
+
+
+def _validate_port_forwarder(value: str, context: Context) -> list[Problem]:
+    return [] if value in PORT_FORWARDERS else [Problem(f"{value!r} is not one of {', '.join(PORT_FORWARDERS)}")]
+
+
 SETTINGS: tuple[Setting, ...] = (
     Setting(
         "cpus", "cpus", Count(), ("-c", "--cpus"), "N", "virtual CPUs", "4",
@@ -151,7 +159,8 @@ SETTINGS: tuple[Setting, ...] = (
         choices=lambda: ACCELERATORS, validate=_validate_accel,
     ),
     Setting(
-        "image", "image", Text(), ("-i", "--image"), "NAME", "image to begin with, see `qvm image list`", "debian-13",
+        "image", "image", ImageName(), ("-i", "--image"), "IMAGE",
+        "name (`qvm image list`), file, or address with digest of the disk to begin with", "debian-13",
         default=lambda context: "debian-13", default_text="debian-13", change=Change.FIXED,
         validate=validate.validate_image,
     ),
@@ -160,6 +169,19 @@ SETTINGS: tuple[Setting, ...] = (
         "host folder in the VM, writable unless :ro; repeatable; `none` for none", "~/src:/src:ro",
         default=validate.default_mounts, default_text="the working directory, at the same path", sticky=True,
         validate=validate.validate_mounts, remark_default=validate.remark_default_mounts,
+    ),
+    Setting(
+        "portForwards", "port_forwards", Forwards(), ("--publish",), "[ADDR:]PORT:[ADDR:]PORT[/udp]",
+        "forward rule HOST:GUEST, or ignore:GUEST, or reverse:HOST:GUEST; sockets by their paths; repeatable",
+        "8080:80",
+        default=lambda context: (), default_text="every listener, at the same port of 127.0.0.1",
+        validate=validate_rules,
+    ),
+    Setting(
+        "portForwarder", "port_forwarder", Text(), ("--port-forwarder",), "NAME",
+        "way of forwarded ports: QEMU's user network where it can (user), SSH, or what rules say only (none)", "user",
+        default=lambda context: "auto", default_text="auto",
+        choices=lambda: PORT_FORWARDERS, validate=_validate_port_forwarder,
     ),
     Setting(
         "dns", "dns", TextList(), ("-n", "--dns"), "IP", "name server; repeatable", "1.1.1.1",

@@ -32,6 +32,7 @@ _KERNEL = tuple(map(PurePosixPath, ("/dev", "/proc", "/sys")))
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _IMAGE = re.compile(r"[a-z0-9][a-z0-9._+-]*")
+_ADDRESS = re.compile(r"https?://[^#\s]+#(sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128})")
 
 
 def host_cpus() -> int:
@@ -90,9 +91,13 @@ def validate_image(value: str, context: Context) -> list[Problem]:
     """Only the form: which images there are is known to `qvm.image`."""
     if _IMAGE.fullmatch(value):
         return []
-    if "/" in value:
-        return [Problem(f"{value!r} is a path or an address; use a name that `qvm image list` shows")]
-    return [Problem(f"{value!r} is not the name of an image; `qvm image list` shows them")]
+    if "://" in value:
+        return [] if _ADDRESS.fullmatch(value) else [Problem(
+            f"{value!r} is not an address with a digest; write https://HOST/FILE#sha256:DIGEST"
+        )]
+    if value.startswith("/"):
+        return []
+    return [Problem(f"{value!r} is not the name of an image (`qvm image list` shows them); a file is written ./FILE")]
 
 
 def validate_hostname(value: str, context: Context) -> list[Problem]:

@@ -126,12 +126,3 @@ def resize_disk(path: Path, size: int) -> None:
                          hint="a disk can only grow; choose at least its present size")
     if size > current:
         qemu_img("resize", "-q", "-f", "qcow2", path.resolve(), str(size))
-
-
-def check_foreign_image(path: Path, *, format: str) -> None:
-    """ImageError for an image from elsewhere that would make QEMU open other files of this host."""
-    info = disk_info(path, format=format)
-    named = info.backing or info.data_file
-    if named:
-        raise ImageError(f"{path.name} refers to another file ({named}) and is refused",
-                         hint="flatten it where it was made: qemu-img convert -O qcow2 IMAGE FLAT")

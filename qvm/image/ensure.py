@@ -1,20 +1,18 @@
-"""Having an image: from the cache, else by its recipe, else by download."""
+"""Having an image: from the cache, else by its recipe, by download, or from a file of the user's."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from qvm import locks, paths
 from qvm.arch import Arch
 from qvm.errors import ImageError, UsageError
-from qvm.image import rootfs, store
+from qvm.image import foreign, rootfs, store
 from qvm.image.build import build_recipe
 from qvm.image.catalogue import Entry, find_entry, load_catalogue
-from qvm.image.disk import check_foreign_image
-from qvm.image.download import download
 from qvm.image.recipe import base_key, find_recipe, image_key
 from qvm.image.store import Image
 from qvm.progress import Progress
@@ -24,9 +22,11 @@ def _entry(name: str, arch: Arch) -> Entry:
     entry = find_entry(name, arch)
     if entry is not None:
         return entry
-    names = sorted({each.name for each in load_catalogue()})
+    pairs = [(each.name, each.arch.name) for each in load_catalogue()]
+    pairs += [(image.name, image.arch.name) for image in store.list_images() if image.is_imported]
+    names = sorted({each for each, _ in pairs})
     if name in names:
-        arches = ", ".join(each.arch.name for each in load_catalogue() if each.name == name)
+        arches = ", ".join(word for each, word in pairs if each == name)
         raise ImageError(f"there is no image {name!r} for {arch.name}", hint=f"it exists for {arches}")
     near = get_close_matches(name, names, 1)
     raise UsageError(f"unknown image {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
@@ -43,18 +43,44 @@ def current_key(entry: Entry) -> str:
 
 
 def find_image(name: str, arch: Arch) -> Image | None:
-    """The image in the cache that fits the present recipe, agent and tools; else None."""
+    """The image in the cache that fits the present recipe, agent and tools (or file); else None."""
+    place = foreign.parse_place(name)
+    if place is not None:
+        return foreign.find_place(place, arch)
     entry = find_entry(name, arch)
-    return None if entry is None else store.find_current(name, arch, current_key(entry))
+    return foreign.find_imported(name, arch) if entry is None else store.find_current(name, arch, current_key(entry))
+
+
+def deciding_files(name: str, arch: Arch) -> list[Path]:
+    """Files on which it depends which image `name` is now."""
+    place = foreign.parse_place(name)
+    if place is None:
+        return [store.ref_path(name, arch)]
+    return [store.ref_path(place.name, arch), *([place.path] if place.path is not None else [])]
 
 
 def ensure_image(name: str, arch: Arch, *, progress: Progress) -> Image:
-    """The image called `name`, made or fetched when the cache has no current one.
+    """The image called `name` (or at that path or address), made or fetched when the cache has no current one.
 
     Raises UsageError for an unknown name, HostError for what this host lacks, ImageError for what went wrong outside.
     """
+    place = foreign.parse_place(name)
+    if place is not None:
+        return foreign.ensure_place(place, arch, progress=progress)
+    imported = None if find_entry(name, arch) is not None else foreign.find_imported(name, arch)
+    if imported is not None:
+        return imported
     entry = _entry(name, arch)
     return store.find_current(name, arch, current_key(entry)) or _make(entry, progress=progress, force=False)
+
+
+def import_image(
+    path: Path, name: str, arch: Arch | None, *, digest: str | None = None, force: bool = False, progress: Progress
+) -> Image:
+    """Keep a user's own disk image under a name; see `qvm.image.foreign.import_image`."""
+    if any(entry.name == name for entry in load_catalogue()):
+        raise UsageError(f"{name!r} is a name of the catalogue", hint="choose another with --name")
+    return foreign.import_image(path, name, arch, digest=digest, force=force, progress=progress)
 
 
 def build_image(name: str, arch: Arch, *, progress: Progress, force: bool = False) -> Image:
@@ -78,34 +104,18 @@ def _make(entry: Entry, *, progress: Progress, force: bool) -> Image:
 
 
 def _fetch(entry: Entry, progress: Progress) -> Image:
+    """The caller holds the lock of that name."""
     assert entry.url is not None and entry.digest is not None
-    work = paths.ensure_private_dir(store.images_dir()) / f".fetching-{entry.name}-{entry.arch.name}"
-    paths.ensure_private_dir(work)
-    name = f"disk.{entry.format}"
-    # The part that arrived stays in this folder when the transfer breaks off, and is continued by the next try.
-    disk = download(entry.url, entry.digest, work / f"{entry.name}-{entry.arch.name}.{entry.format}", progress=progress)
-    try:
-        check_foreign_image(disk, format=entry.format)
-    except ImageError:
-        disk.unlink()
-        raise
-    folder = work / "image"
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(mode=0o700)
-    disk.rename(folder / name)
-    manifest = {
-        "name": entry.name, "arch": entry.arch.name, "format": entry.format, "cmdline": "",
-        "files": {"disk": name}, "source": entry.url, "digest": entry.digest,
-    }  # fmt: skip
-    with progress.step(f"sealing {entry.name}"):
-        image = store.publish(folder, store.seal(folder, manifest), key=entry.digest)
-    shutil.rmtree(work)
-    return image
+    with foreign.work_folder(entry.name, entry.arch.name) as work:
+        got = foreign.fetch(entry.url, entry.digest, work, progress=progress)
+        return foreign.take(got, entry.name, entry.arch, key=entry.digest, work=work, shown=entry.url,
+                            digest=entry.digest, movable=True, progress=progress)
 
 
 def prune_images(*, in_use: Mapping[str, str]) -> list[dict[str, Any]]:
     """Remove images that are current for nothing and that no instance was made from, and bases no recipe has.
+
+    Imported ones stay; what was made of a file or an address goes, since it can be made again.
 
     `in_use`: image id -> a profile made from it. Returns what each removed image was.
     """
@@ -118,11 +128,12 @@ def prune_images(*, in_use: Mapping[str, str]) -> list[dict[str, Any]]:
         if folder.name not in bases and ".building" not in folder.name:
             rootfs.discard_base(folder)
     return [store.remove_image(image.id) for image in store.list_images()
-            if image.id not in kept and image.id not in in_use]
+            if image.id not in kept and image.id not in in_use
+            and not (image.is_imported and foreign.is_current(image))]
 
 
 def describe_images() -> list[dict[str, Any]]:
-    """Every name of the catalogue with what the cache has of it, then images that are current for nothing any more.
+    """Every name of the catalogue with what the cache has of it, then all other images in the cache.
 
     `state`: "ready", "outdated" (made by an older recipe or agent), "absent".
     """
@@ -137,5 +148,9 @@ def describe_images() -> list[dict[str, Any]]:
         else:
             shown.add(current.id)
             rows.append(current.describe() | {"title": entry.title})
-    rows += [image.describe() | {"state": "outdated"} for image in images if image.id not in shown]
+    names = {entry.name for entry in load_catalogue()}
+    for image in images:
+        if image.id not in shown:
+            ready = image.name not in names and foreign.is_current(image)
+            rows.append(image.describe() | {"state": "ready" if ready else "outdated"})
     return rows

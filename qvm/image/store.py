@@ -44,6 +44,11 @@ class Image:
     """Kernel command line without what depends on the machine (console) or the accelerator."""
     manifest: dict[str, Any]
 
+    @property
+    def is_imported(self) -> bool:
+        """A user's own, which nothing here could make again."""
+        return bool(self.manifest.get("imported"))
+
     def describe(self) -> dict[str, Any]:
         """For `image list` and --json."""
         return {
@@ -51,6 +56,7 @@ class Image:
             "size": used_bytes(self.folder), "source": self.manifest.get("source", ""), "format": self.format,
             "created": self.manifest.get("created"), "folder": str(self.folder),
             "tools": self.manifest.get("tools", {}), "kernel": self.manifest.get("kernel_release"),
+            "imported": self.is_imported, "digest": self.manifest.get("digest"),
         }  # fmt: skip
 
 
@@ -58,7 +64,8 @@ def images_dir() -> Path:
     return paths.cache_home() / "images"
 
 
-def _ref(name: str, arch: Arch) -> Path:
+def ref_path(name: str, arch: Arch) -> Path:
+    """The reference from a name to its current image."""
     return images_dir() / "refs" / f"{name}-{arch.name}.json"
 
 
@@ -106,8 +113,6 @@ def seal(folder: Path, manifest: dict[str, Any]) -> str:
     return image_id
 
 
-
-
 def publish(folder: Path, image_id: str, *, key: str) -> Image:
     """Move a sealed folder to its place and make it the current one of its name; the caller holds the lock."""
     final = folder_of(image_id)
@@ -122,7 +127,7 @@ def publish(folder: Path, image_id: str, *, key: str) -> Image:
 
 
 def set_current(image: Image, key: str) -> None:
-    ref = _ref(image.name, image.arch)
+    ref = ref_path(image.name, image.arch)
     paths.ensure_private_dir(ref.parent)
     partial = ref.with_suffix(".partial")
     partial.write_text(json.dumps({"key": key, "id": image.id}) + "\n")
@@ -168,8 +173,16 @@ def _read(folder: Path) -> Image | None:
 def find_current(name: str, arch: Arch, key: str) -> Image | None:
     """The image that `name` refers to, when it was made for `key`; else None."""
     try:
-        ref = json.loads(_ref(name, arch).read_text())
+        ref = json.loads(ref_path(name, arch).read_text())
         return find_image_by_id(ref["id"]) if ref["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find_named(name: str, arch: Arch) -> Image | None:
+    """The image that `name` refers to, whatever it was made for; else None."""
+    try:
+        return find_image_by_id(json.loads(ref_path(name, arch).read_text())["id"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -208,4 +221,6 @@ def remove_image(image_id: str, *, in_use: set[str] | frozenset[str] = frozenset
     # The manifest goes first: without it the folder is no image any more, whatever interrupts the rest.
     (image.folder / MANIFEST).unlink()
     shutil.rmtree(image.folder)
+    if find_named(image.name, image.arch) is None:
+        ref_path(image.name, image.arch).unlink(missing_ok=True)
     return row
