@@ -35,8 +35,6 @@ from qvm.warm.make import ensure_warm
 from qvm.warm.request import BASE, RUNTIME, build_request, warm_obstacle
 from qvm.warm.store import WarmImage, using
 
-_PROXIES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
-
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -94,9 +92,7 @@ def obtain_warm(
     """The warm image that a new instance begins on; None, with a note that says why, where it must boot."""
     config = record.config
     # A data disk that outlived a delete has its own content; only a machine that has not mounted one can take it.
-    # A runtime that runs already would not hear of a proxy.
-    proxied = any(name.lower() in _PROXIES for name in config.env)
-    stage = BASE if proxied or Files(config.profile).data_disk.exists() else RUNTIME
+    stage = BASE if Files(config.profile).data_disk.exists() else RUNTIME
     reason = warm_obstacle(config, image, runtime, stage=stage)
     if reason is None:
         request = build_request(config, image, image.arch, features, record.accel, runtime, stage=stage)

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 from qvm.execresult import ExecResult as ExecResult
 from qvm.progress import Progress as Progress
+from qvm.runtime.network import Network
 
 
 class Guest(Protocol):
@@ -137,6 +138,8 @@ class RuntimeContext:
     """`HostPort.name` -> its number at 127.0.0.1, once it has one."""
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Settings of every runtime in the machine, by its name; the core's, which gives each its own as `settings`."""
+    network: Network = field(default_factory=Network)
+    """Proxies, registries and certificates; the latter are installed before a plugin is called."""
 
     def host_socket(self, name: str) -> Path:
         return self.folder / f"{name}.sock"

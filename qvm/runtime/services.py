@@ -77,7 +77,8 @@ for socket in $QVM_SOCKETS; do until [ -S "$socket" ]; do sleep 0.05; done; done
 
 _REPORT = f"""
 if {_SYSTEMD}; then
-    for service; do systemctl is-failed --quiet "$service" && journalctl -b -u "$service" -n 15 --no-pager -o cat; done
+    # One that systemd is about to start again has not failed for good, but it is the one to tell of.
+    for service; do systemctl is-active --quiet "$service" || journalctl -b -u "$service" -n 15 --no-pager -o cat; done
 else for service in $QVM_RC; do tail -n 15 "/var/log/$service.log" 2>/dev/null; done
 fi
 exit 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 from qvm.arch import Arch
 from qvm.filenames import Files
@@ -12,6 +13,7 @@ from qvm.instance.kernel import kernel_cmdline
 from qvm.instance.record import Record
 from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
 from qvm.runtime.base import Runtime
+from qvm.runtime.network import proxy_variables
 from qvm.seed.data import SeedData
 
 
@@ -62,7 +64,7 @@ def build_seed(record: Record, runtime: Runtime) -> SeedData:
         host_key=files.ssh_host_key.read_text(),
         host_key_public=files.ssh_host_key.with_suffix(".pub").read_text().strip(),
         mounts=config.mounts,
-        env=dict(config.env),
+        env={**proxy_variables(config.proxies, os.environ), **config.env},
         dns=config.dns,
         data_folders=tuple(str(folder) for folder in runtime.data_folders),
         mac=record.mac,

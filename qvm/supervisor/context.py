@@ -9,6 +9,7 @@ from qvm.filenames import Files
 from qvm.instance.record import Record
 from qvm.runtime.base import RuntimeContext
 from qvm.runtime.stack import sections_of
+from qvm.supervisor.hostnetwork import read_network
 
 _VARIABLES = ("DOCKER_CONFIG", "DOCKER_HOST", "DOCKER_CONTEXT", "KUBECONFIG", "HOME")
 
@@ -26,4 +27,5 @@ def runtime_context(record: Record) -> RuntimeContext:
         cache_folder=paths.cache_home() / "runtimes",
         arch=config.arch,
         sections=sections_of(config),
+        network=read_network(config, os.environ),
     )

@@ -369,4 +369,3 @@ class Supervisor:
             "sockets": self.link.sockets() if self.link else {},
             "ports": self.publishing.ports() if self.publishing else {},
         }
-

@@ -17,6 +17,7 @@ from qvm.instance.record import Record
 from qvm.log import get_logger
 from qvm.qemu.monitor import Monitor
 from qvm.runtime.base import Runtime, RuntimeContext
+from qvm.runtime.trust import install_certificates
 from qvm.seed.render import fork_document
 from qvm.supervisor.assemble import build_seed
 from qvm.supervisor.link import GuestLink
@@ -79,6 +80,7 @@ class Fork:
         if identity.state != "applied":
             raise GuestError("the guest could not be set up", details="\n".join(identity.errors))
         log.info("identity: %s", identity.timings)
+        await install_certificates(self.channel, self.context.network, fresh=True)
         if extra:
             await self.channel.settle_hardware(self.record.config.cpus, self.record.config.memory)
 

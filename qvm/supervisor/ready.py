@@ -14,6 +14,7 @@ from qvm.instance.record import Record
 from qvm.logtail import tail_of
 from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.runtime.checking import wait_for_checks
+from qvm.runtime.trust import install_certificates
 from qvm.wait import backoff
 
 # Generous: a guest under software emulation on a busy host takes tens of seconds where hardware takes two.
@@ -46,6 +47,7 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
         seed = await parts.channel.wait_for_seed()
         if seed.state == "failed":
             raise GuestError("the guest could not be set up", details="\n".join(seed.errors))
+        await install_certificates(parts.channel, parts.context.network, fresh=False)
 
     async def check_mounts() -> None:
         await ensure_mounts(parts.channel, parts.record.config.mounts)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import PurePosixPath
+from typing import Any
 
 from qvm.errors import GuestError
 from qvm.runtime.base import Guest, HostSocket, Runtime, RuntimeContext
+from qvm.runtime.hostnames import serve_host_names
+from qvm.runtime.network import Network
 from qvm.runtime.services import (
     find_version,
     install_packages,
@@ -17,7 +21,7 @@ from qvm.runtime.services import (
     wait_for_services,
 )
 
-from .files import buildkit_service, buildkit_socket, buildkitd_toml, containerd_toml, nerdctl_toml
+from .files import buildkit_service, buildkit_socket, buildkitd_toml, containerd_toml, nerdctl_toml, registry_hosts
 
 PACKAGES = {
     "apt": "containerd containernetworking-plugins iptables",
@@ -25,6 +29,7 @@ PACKAGES = {
     "dnf": "containerd nerdctl buildkit containernetworking-plugins iptables-nft",
 }
 UNITS = PurePosixPath("/etc/systemd/system")
+CONFIG = PurePosixPath("/etc/containerd/config.toml")
 
 # CNI's leases and results speak of network namespaces, none of which outlives a boot, and a guest's end leaves no time
 # to remove them one by one: in memory they end with what they describe, and addresses and ports are never used up.
@@ -89,14 +94,41 @@ class Containerd(Runtime):
                 hint="use qvm's own image (--image debian-13), or --runtime docker",
             )
         config_changed, *_ = await asyncio.gather(
-            guest.write_file(PurePosixPath("/etc/containerd/config.toml"), containerd_toml(context.settings)),
+            self._configure(guest, context),
             guest.write_file(PurePosixPath("/etc/nerdctl/nerdctl.toml"), nerdctl_toml(cni_path=found["cni"])),
-            guest.write_file(PurePosixPath("/etc/buildkit/buildkitd.toml"), buildkitd_toml()),
+            serve_host_names(guest, context.network),
         )
         if "systemd" in found and found.get("unit", "/etc") == "/etc":
             await self._write_units(guest, found["buildkitd"])
         if config_changed and "running" in found:
             await restart_services(guest, ["containerd"])
+
+    async def _configure(self, guest: Guest, context: RuntimeContext) -> bool:
+        """The files that depend on the profile; True where containerd has to be started anew for it."""
+        try:
+            config = containerd_toml(context.settings)
+        except ValueError as error:
+            raise GuestError(f"the settings of the profile for containerd cannot be used: {error}",
+                             hint=f"mend `containerd:` in {context.folder / 'qvm.yaml'}") from error
+        changed, *_ = await asyncio.gather(
+            guest.write_file(CONFIG, config),
+            guest.write_file(PurePosixPath("/etc/buildkit/buildkitd.toml"), buildkitd_toml(context.network)),
+            *(guest.write_file(path, data) for path, data in registry_hosts(context.network).items()),
+        )
+        return changed
+
+    async def after_fork(self, guest: Guest, context: RuntimeContext) -> list[str]:
+        """The machine that was frozen knew no profile. BuildKit has not run in it, and nerdctl reads at each call."""
+        if context.network.nameservers != Network().nameservers:
+            await serve_host_names(guest, context.network)
+        if context.settings or registry_hosts(context.network) or context.network.registry_files:
+            changed = await self._configure(guest, context)
+        else:
+            changed = False
+        if changed or context.network.proxies:
+            await restart_services(guest, ["containerd"])
+            await wait_for_services(guest, ["containerd", "buildkit.socket"], patience=self.start_timeout)
+        return []
 
     async def _look(self, guest: Guest) -> dict[str, str]:
         """What the guest has, one round trip: names, some with a value behind a colon; the first of a name counts."""
@@ -130,6 +162,10 @@ class Containerd(Runtime):
         await guest.exec(["sh", "-c", _STOP_CONTAINERS], check=False)
         await stop_services(guest, ["buildkit.socket", "buildkit.service", "containerd"],
                             openrc=["buildkitd", "containerd"])
+
+    def warm_settings(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """None: `after_fork` applies them, so that all profiles share one warm image and it holds nobody's secrets."""
+        return {}
 
     async def before_freeze(self, guest: Guest, context: RuntimeContext) -> None:
         """containerd makes its id anew when it is asked for it, and BuildKit its own at its first start."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qvm.errors import GuestError
 from qvm.runtime.base import Guest, HostSocket, Runtime, RuntimeContext
+from qvm.runtime.hostnames import serve_host_names
+from qvm.runtime.network import Network
 from qvm.runtime.services import (
     find_version,
     install_packages,
@@ -31,11 +35,36 @@ SERVICES = ("containerd", "docker")
 PACKAGES = {"apt": "docker.io", "apk": "docker", "dnf": "moby-engine"}
 # docker-proxy listens where a container publishes a port, which is how the host learns of it.
 DEFAULTS: dict[str, Any] = {"userland-proxy": True}
+# What dockerd takes up on SIGHUP (moby, daemon/reload.go); all else it reads once, at its start.
+RELOADABLE = frozenset({
+    "registry-mirrors", "insecure-registries", "debug", "labels", "live-restore", "max-concurrent-downloads",
+    "max-concurrent-uploads", "max-download-attempts", "shutdown-timeout",
+})
 STATE_FILE = "docker-context.json"
 
 _LOOK = """
 command -v dockerd >/dev/null && echo installed
 [ -e /run/docker.pid ] && echo running
+exit 0
+"""
+# What dockerd would say at its start, before it has to; a file that it has run with needs no second look.
+_VALIDATE = """
+cat >/run/qvm-daemon.json
+cmp -s /run/qvm-daemon.json /etc/docker/daemon.json || dockerd --validate --config-file /run/qvm-daemon.json >/dev/null
+code=$?
+rm -f /run/qvm-daemon.json
+exit $code
+"""
+# dockerd says in the journal that it has; there is no other answer to a signal.
+_RELOAD = """
+set -e
+since=$(date +%s)
+kill -HUP "$(cat /run/docker.pid)"
+[ -d /run/systemd/system ] || exit 0
+for turn in 1 2 3 4 5 6 7 8 9 10; do
+    journalctl -q -b -u docker --since "@$since" -o cat | grep -q 'Reloaded configuration' && exit 0
+    sleep 0.1
+done
 exit 0
 """
 _JOIN_GROUP = """
@@ -53,17 +82,32 @@ class Docker(Runtime):
     units = ("docker.service", "containerd.service")
 
     async def provision(self, guest: Guest, context: RuntimeContext) -> None:
-        look, changed, _ = await asyncio.gather(
+        look, *_ = await asyncio.gather(
             guest.exec(["sh", "-c", _LOOK]),
-            guest.write_file(DAEMON_JSON, render_daemon_json(context.settings)),
             guest.write_file(CONTAINERD_TOML, CONTAINERD_CONFIG),
+            serve_host_names(guest, context.network),
         )
         found = look.stdout.split()
         if b"installed" not in found:
             await install_packages(guest, PACKAGES, what="docker")
             await guest.exec(["sh", "-c", _JOIN_GROUP, "join", context.user])
-        elif changed and b"running" in found:
+        changed = await self._configure(guest, context)
+        if changed and b"running" in found:
             await restart_services(guest, ["docker"])
+
+    async def _configure(self, guest: Guest, context: RuntimeContext) -> bool:
+        """Write daemon.json once dockerd has approved of it; True where it is another than before.
+
+        GuestError with dockerd's own words where it does not.
+        """
+        wanted = render_daemon_json(context.settings, context.network)
+        if context.settings:
+            done = await guest.exec(["sh", "-c", _VALIDATE], input=wanted, check=False)
+            if done.exit_code != 0:
+                words = (done.stderr + done.stdout).decode(errors="replace").strip()
+                raise GuestError("dockerd does not accept the settings of the profile", details=words or None,
+                                 hint=f"mend `docker:` in {context.folder / 'qvm.yaml'}")
+        return await guest.write_file(DAEMON_JSON, wanted)
 
     async def start(self, guest: Guest, context: RuntimeContext) -> None:
         await start_services(guest, SERVICES)
@@ -75,17 +119,28 @@ class Docker(Runtime):
     async def stop(self, guest: Guest, context: RuntimeContext) -> None:
         await stop_services(guest, ["docker.socket", "docker", "containerd"])
 
+    def warm_settings(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        """None: `after_fork` applies them, so that all profiles share one warm image and it holds nobody's secrets."""
+        return {}
+
     async def before_freeze(self, guest: Guest, context: RuntimeContext) -> None:
         """dockerd reads its engine id once, and keeps it; BuildKit inside it goes by the same one."""
         await guest.track_id(ENGINE_ID, file=ENGINE_ID_FILE, process="dockerd")
         await guest.exec(["rm", "-f", str(CONTAINERD_ID_FILE)])
 
     async def after_fork(self, guest: Guest, context: RuntimeContext) -> list[str]:
-        if ENGINE_ID not in guest.stale_ids:
-            return []
-        await restart_services(guest, ["docker"])
-        await wait_for_services(guest, SERVICES, sockets=["/run/docker.sock"], patience=self.start_timeout)
-        return ["docker's engine id could not be replaced in its memory: dockerd was started anew"]
+        """The machine that was frozen knew no profile: its settings are applied now, by a reload where that does."""
+        stale = ENGINE_ID in guest.stale_ids
+        if context.network.nameservers != Network().nameservers:
+            await serve_host_names(guest, context.network)
+        plain = render_daemon_json(context.settings, context.network) == render_daemon_json({}, Network())
+        changed = not plain and await self._configure(guest, context)
+        if stale or context.network.proxies or (changed and not is_reloadable(context.settings)):
+            await restart_services(guest, ["docker"])
+            await wait_for_services(guest, SERVICES, sockets=["/run/docker.sock"], patience=self.start_timeout)
+        elif changed:
+            await guest.exec(["sh", "-c", _RELOAD])
+        return ["docker's engine id could not be replaced in its memory: dockerd was started anew"] if stale else []
 
     async def version(self, guest: Guest, context: RuntimeContext) -> str:
         return "docker " + await find_version(guest, "dockerd")
@@ -124,9 +179,21 @@ class Docker(Runtime):
         return []
 
 
-def render_daemon_json(settings: Any) -> bytes:
-    """The profile's `docker:` section over our defaults."""
-    return (json.dumps({**DEFAULTS, **settings}, indent=2, sort_keys=True) + "\n").encode()
+def render_daemon_json(settings: Mapping[str, Any], network: Network) -> bytes:
+    """The profile's `docker:` section over our defaults; lists of registries are joined."""
+    document = {**DEFAULTS, "host-gateway-ip": network.gateway, **settings}
+    if "host-gateway-ips" in settings:
+        del document["host-gateway-ip"]
+    for key, ours in (("registry-mirrors", network.mirrors), ("insecure-registries", network.insecure)):
+        said = settings.get(key, [])
+        if ours and isinstance(said, list):
+            document[key] = list(dict.fromkeys([*ours, *said]))
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+
+
+def is_reloadable(settings: Mapping[str, Any]) -> bool:
+    """Whether a dockerd that runs with our defaults can take these up without being started anew."""
+    return all(key in RELOADABLE or DEFAULTS.get(key) == value for key, value in settings.items())
 
 
 def _remember_folder(context: RuntimeContext, folder: Path) -> None:

@@ -1,0 +1,60 @@
+"""What a profile and the host say of proxies, registries and certificates, as the guest is to have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qvm.config.model import Config
+from qvm.log import get_logger
+from qvm.runtime.network import NAMESERVER, Network, proxy_variables, split_certificates
+
+log = get_logger(__name__)
+
+SYSTEM_CERTIFICATES = Path("/etc/docker/certs.d")
+_PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+_MOST = 1 << 20
+"""Bytes of one certificate file; what is larger is none."""
+
+
+def read_network(config: Config, environ: Mapping[str, str], *, system: Path = SYSTEM_CERTIFICATES) -> Network:
+    """Reads the files of certificates; those that cannot be read now are left out, and the log says so."""
+    return Network(
+        nameservers=config.dns or (NAMESERVER,),
+        proxies=proxy_variables(config.proxies, environ) | {
+            name: value for name, value in config.env.items() if name.lower() in _PROXY_VARIABLES
+        },
+        mirrors=config.registry_mirrors,
+        insecure=config.insecure_registries,
+        authorities=tuple(
+            certificate for name in config.ca_certs for certificate in split_certificates(_read(Path(name)))
+        ),
+        registry_files=_read_registry_files(system) | _read_registry_files(_docker_folder(environ) / "certs.d"),
+    )
+
+
+def _docker_folder(environ: Mapping[str, str]) -> Path:
+    explicit = environ.get("DOCKER_CONFIG")
+    return Path(explicit) if explicit else Path(environ.get("HOME") or Path.home()) / ".docker"
+
+
+def _read_registry_files(folder: Path) -> dict[str, bytes]:
+    """Docker's layout (docs.docker.com, "Use certificates for repository client verification"): HOST:PORT/NAME.crt,
+    NAME.cert, NAME.key."""
+    files = {}
+    for suffix in ("crt", "cert", "key"):
+        for path in sorted(folder.glob(f"*/*.{suffix}")):
+            data = _read(path)
+            if data and not any(letter.isspace() for letter in str(path.relative_to(folder))):
+                files[str(path.relative_to(folder))] = data
+    return files
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST + 1)
+    except OSError as error:
+        log.warning("%s is left out: %s", path, error.strerror)
+        return b""
+    return data if len(data) <= _MOST else b""
