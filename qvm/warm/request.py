@@ -78,9 +78,12 @@ def build_request(
     config: Config, image: Image, arch: Arch, features: QemuFeatures, accel: str, runtime: Runtime, *, stage: Stage
 ) -> WarmRequest:
     """The warm image that a profile forks from. The base stage starts no runtime, so it is the same for all."""
+    stack = runtime if isinstance(runtime, Stack) else Stack(runtime)
+    sections = sections_of(config)
     return WarmRequest(
-        image=image, arch=arch, features=features, accel=accel, stage=stage, cpus=config.cpus,
-        runtime=runtime if isinstance(runtime, Stack) else Stack(runtime), settings=sections_of(config),
+        image=image, arch=arch, features=features, accel=accel, stage=stage, cpus=config.cpus, runtime=stack,
+        # What a runtime takes up in a fork stays out of what it is frozen with: others share that.
+        settings={layer.name: layer.warm_settings(sections.get(layer.name, {})) for layer in stack.layers},
         memory=choose_memory(config.memory, arch), mount_slots=choose_mount_slots(len(config.mounts)),
     )
 

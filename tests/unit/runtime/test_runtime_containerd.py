@@ -9,8 +9,9 @@ import pytest
 from runtime_fakes import FakeGuest, make_context
 
 from qvm.errors import GuestError
+from qvm.runtime.network import Network
 from runtimes.containerd import Containerd
-from runtimes.containerd.files import render_toml
+from runtimes.containerd.files import buildkitd_toml, registry_hosts, render_toml
 
 IMAGE = (b"containerd\nnerdctl\nbuildctl\nbuildkitd:/usr/local/bin/buildkitd\ncni:/usr/lib/cni\nsystemd\n")
 LOOK = "command -v buildkitd"
@@ -25,7 +26,7 @@ def test_provision_writes_the_files_and_reloads_units_once(tmp_path: Path) -> No
             await Containerd().provision(guest, context)
 
     asyncio.run(main())
-    assert guest.scripts().count("daemon-reload") == 1
+    assert guest.commands.count(["systemctl", "daemon-reload"]) == 1
     assert tomllib.loads(guest.files["/etc/nerdctl/nerdctl.toml"].decode()) == {"cni_path": "/usr/lib/cni"}
     worker = tomllib.loads(guest.files["/etc/buildkit/buildkitd.toml"].decode())["worker"]
     assert worker["containerd"] == {"enabled": True, "namespace": "default"} and not worker["oci"]["enabled"]
@@ -35,7 +36,7 @@ def test_provision_writes_the_files_and_reloads_units_once(tmp_path: Path) -> No
 def test_units_of_the_image_are_kept(tmp_path: Path) -> None:
     guest = FakeGuest({LOOK: IMAGE + b"unit:/usr/lib\n"})
     asyncio.run(Containerd().provision(guest, make_context(tmp_path)))
-    assert SOCKET_UNIT not in guest.files and len(guest.commands) == 1
+    assert SOCKET_UNIT not in guest.files and len(guest.commands) == 2
 
 
 def test_our_own_units_of_an_earlier_start_are_kept_up_to_date(tmp_path: Path) -> None:
@@ -94,3 +95,26 @@ def test_before_a_freeze_ids_that_are_made_anew_go(tmp_path: Path) -> None:
     asyncio.run(Containerd().before_freeze(guest, make_context(tmp_path)))
     assert len(guest.commands) == 1 and "introspection/uuid" in guest.scripts() and guest.tracked == {}
     assert asyncio.run(Containerd().after_fork(guest, make_context(tmp_path))) == []
+
+
+def test_registries_reach_nerdctl_and_buildkit(tmp_path: Path) -> None:
+    network = Network(mirrors=("http://m:5000",), insecure=("r:5000",), registry_files={"s:443/ca.crt": b"x"})
+    hosts = {str(path): tomllib.loads(data.decode()) for path, data in registry_hosts(network).items()}
+    assert hosts["/etc/containerd/certs.d/docker.io/hosts.toml"]["host"] == {
+        "http://m:5000": {"capabilities": ["pull", "resolve"]},
+    }
+    insecure = hosts["/etc/containerd/certs.d/r:5000/hosts.toml"]
+    assert list(insecure["host"]) == ["http://r:5000", "https://r:5000"]
+    assert insecure["host"]["https://r:5000"]["skip_verify"] is True
+    assert tomllib.loads(buildkitd_toml(network).decode())["registry"] == {
+        "s:443": {"ca": ["/etc/docker/certs.d/s:443/ca.crt"]}, "r:5000": {"http": True, "insecure": True},
+        "docker.io": {"mirrors": ["m:5000"]}, "m:5000": {"http": True},
+    }
+
+
+def test_a_fork_is_left_alone_without_settings_and_restarts_with_them(tmp_path: Path) -> None:
+    guest = FakeGuest()
+    asyncio.run(Containerd().after_fork(guest, make_context(tmp_path)))
+    assert guest.commands == [] and guest.files == {}
+    asyncio.run(Containerd().after_fork(guest, replace(make_context(tmp_path), settings={"oom_score": -1})))
+    assert b"oom_score = -1" in guest.files["/etc/containerd/config.toml"] and "restart" in guest.scripts()

@@ -9,7 +9,8 @@ import pytest
 from runtime_fakes import FakeGuest, make_context
 
 from qvm.errors import GuestError
-from runtimes.docker import Docker
+from qvm.runtime.network import Network
+from runtimes.docker import Docker, is_reloadable, render_daemon_json
 
 DAEMON_JSON = "/etc/docker/daemon.json"
 
@@ -17,15 +18,15 @@ DAEMON_JSON = "/etc/docker/daemon.json"
 def test_provision_installs_nothing_where_docker_is_there(tmp_path: Path) -> None:
     guest = FakeGuest({"command -v dockerd": b"installed\n"})
     asyncio.run(Docker().provision(guest, make_context(tmp_path)))
-    assert len(guest.commands) == 1, "each round trip costs tens of milliseconds under emulation"
-    assert json.loads(guest.files[DAEMON_JSON]) == {"userland-proxy": True}
+    assert len(guest.commands) == 2, "each round trip costs tens of milliseconds under emulation"
+    assert json.loads(guest.files[DAEMON_JSON]) == {"host-gateway-ip": "10.0.2.2", "userland-proxy": True}
 
 
 def test_provision_installs_from_the_distribution_where_docker_is_missing(tmp_path: Path) -> None:
     guest = FakeGuest()
     asyncio.run(Docker().provision(guest, make_context(tmp_path)))
-    assert guest.envs[1] == {"QVM_APT": "docker.io", "QVM_APK": "docker", "QVM_DNF": "moby-engine"}
-    assert guest.commands[2][-1] == "ann", "the user joins the docker group"
+    assert {"QVM_APT": "docker.io", "QVM_APK": "docker", "QVM_DNF": "moby-engine"} in guest.envs
+    assert guest.commands[-1][-1] == "ann", "the user joins the docker group"
 
 
 def test_a_failed_installation_keeps_the_package_managers_words(tmp_path: Path) -> None:
@@ -44,7 +45,9 @@ def test_the_profiles_settings_reach_daemon_json_and_a_running_daemon(tmp_path: 
         await Docker().provision(guest, context)
 
     asyncio.run(main())
-    assert json.loads(guest.files[DAEMON_JSON]) == {"registry-mirrors": ["http://m"], "userland-proxy": False}
+    assert json.loads(guest.files[DAEMON_JSON]) == {
+        "registry-mirrors": ["http://m"], "userland-proxy": False, "host-gateway-ip": "10.0.2.2",
+    }
     assert guest.scripts().count("systemctl restart") == 1, "only where the file changed"
 
 
@@ -106,3 +109,39 @@ def test_a_daemon_that_kept_its_id_is_started_anew_and_the_user_told(tmp_path: P
     notes = asyncio.run(Docker().after_fork(guest, make_context(tmp_path)))
     assert len(notes) == 1 and "started anew" in notes[0]
     assert "systemctl restart" in guest.scripts() and "/run/docker.sock" in str(guest.envs)
+
+
+def test_wrong_settings_fail_with_dockerds_own_words_before_the_file_is_touched(tmp_path: Path) -> None:
+    guest = FakeGuest({"command -v dockerd": b"installed\n", "--validate": 1})
+    context = replace(make_context(tmp_path), settings={"nope": 1})
+    with pytest.raises(GuestError, match="does not accept") as caught:
+        asyncio.run(Docker().provision(guest, context))
+    assert caught.value.details and caught.value.hint is not None and "docker:" in caught.value.hint
+    assert DAEMON_JSON not in guest.files
+
+
+def test_a_fork_reloads_what_can_be_reloaded(tmp_path: Path) -> None:
+    guest = FakeGuest()
+    context = replace(make_context(tmp_path), network=Network(mirrors=("http://m",), insecure=("r:5000",)))
+    asyncio.run(Docker().after_fork(guest, context))
+    document = json.loads(guest.files[DAEMON_JSON])
+    assert document["registry-mirrors"] == ["http://m"] and document["insecure-registries"] == ["r:5000"]
+    assert "kill -HUP" in guest.scripts() and "systemctl restart" not in guest.scripts()
+
+
+@pytest.mark.parametrize(
+    ("settings", "network"),
+    [({"log-driver": "journald"}, Network()), ({}, Network(proxies={"http_proxy": "http://p:1"}))],
+)
+def test_a_fork_restarts_dockerd_for_the_rest(settings: dict[str, str], network: Network, tmp_path: Path) -> None:
+    guest = FakeGuest()
+    context = replace(make_context(tmp_path), settings=settings, network=network)
+    assert asyncio.run(Docker().after_fork(guest, context)) == []
+    assert "systemctl restart" in guest.scripts() and "kill -HUP" not in guest.scripts()
+
+
+def test_registries_of_both_places_are_joined() -> None:
+    network = Network(insecure=("a:1",), mirrors=("http://m",))
+    document = json.loads(render_daemon_json({"insecure-registries": ["b:2", "a:1"]}, network))
+    assert document["insecure-registries"] == ["a:1", "b:2"] and document["registry-mirrors"] == ["http://m"]
+    assert is_reloadable({"debug": True, "userland-proxy": True}) and not is_reloadable({"userland-proxy": False})
