@@ -153,6 +153,10 @@ HOSTS = (X86_64, AARCH64)
 """Those qvm itself runs on."""
 
 
+def names() -> tuple[str, ...]:
+    return tuple(arch.name for arch in ALL)
+
+
 def find_arch(name: str) -> Arch | None:
     """The architecture called `name` in any vocabulary, else None."""
     wanted = name.lower().removeprefix("linux/")

@@ -89,11 +89,12 @@ list_debian() {
 	need python3-venv "keeps qvm's Python packages apart" can_make_venv
 	if [ "$mode" = test ]; then
 		need shellcheck "lints the shell scripts" has shellcheck
-		# The host's own is needed anyway; the other one is asked whether it takes our command lines.
+		# The host's own is needed anyway; the other one runs the tests' VMs of another architecture. What there is of
+		# rarer ones (qemu-system-misc, -ppc ...) is asked whether it takes our command lines.
 		if [ "$(uname -m)" = x86_64 ]; then
-			need qemu-system-arm "checks command lines" has qemu-system-aarch64
+			need qemu-system-arm "runs the tests' aarch64 VMs" has qemu-system-aarch64
 		else
-			need qemu-system-x86 "checks command lines" has qemu-system-x86_64
+			need qemu-system-x86 "runs the tests' x86_64 VMs" has qemu-system-x86_64
 		fi
 		need busybox-static "is the tests' container image" is_static /bin/busybox
 	fi

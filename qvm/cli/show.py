@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from qvm.arch import names
 from qvm.cli import render
 from qvm.cli.invocation import Invocation, common_options, complete_profile
 from qvm.cli.output import emit
@@ -62,13 +63,21 @@ def _reject_log_words(names: list[str], kinds: list[str]) -> None:
     raise UsageError(f"{names[-1]!r} is not a log", hint=f"there are: {', '.join(LOG_KINDS)}")
 
 
-@click.command(epilog="Example: qvm doctor")
+@click.command(epilog="Example: qvm doctor --arch aarch64 --fix")
 @common_options()
-def doctor(invocation: Invocation, /) -> None:
+@click.option("-a", "--arch", metavar="ARCH", help="For VMs of this architecture. [the VM's, else the host's]",
+              shell_complete=lambda ctx, param, incomplete: [a for a in names() if a.startswith(incomplete)])
+@click.option("--fix", is_flag=True, help="Install what is missing; asks for your password where that needs root.")
+def doctor(invocation: Invocation, /, *, arch: str | None, fix: bool) -> None:
     """Check what this host has and lacks, and say what mends it. Exit code 4 where something is missing."""
     from qvm.commands.doctor import doctor as do_doctor
 
-    checks = do_doctor(invocation.named)
+    checks = do_doctor(invocation.named, arch_name=arch)
+    if fix:
+        from qvm.commands.doctor import mend
+
+        if mend(checks, lambda command: click.echo(f"running {command}", err=True)):
+            checks = do_doctor(invocation.named, arch_name=arch)
     emit(invocation, checks, render.render_checks)
     if any(check.ok is False for check in checks):
         click.get_current_context().exit(HostError.exit_code)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qvm import paths
-from qvm.arch import Arch, find_arch, host_arch
-from qvm.errors import HostError, QvmError
+from qvm.arch import ALL, Arch, find_arch, host_arch
+from qvm.errors import HostError, QvmError, UsageError
 from qvm.filenames import Files, check_socket_path
 from qvm.image.ensure import find_image
 from qvm.image.store import Image
 from qvm.instance.store import find_record
-from qvm.process import find_program
+from qvm.process import call, find_program
 from qvm.qemu.accel import choose_accelerator
 from qvm.qemu.features import QemuFeatures
+from qvm.qemu.packages import install_argv
 from qvm.qemu.probe import probe_qemu
 from qvm.units import GiB, format_duration, format_size
 
@@ -33,11 +35,46 @@ class Check:
     fix: str | None = None
 
 
-def doctor(profile: str | None = None) -> list[Check]:
-    """Look at the host (and at `profile`'s architecture and image where it exists); changes nothing but caches."""
-    record = find_record(profile) if profile else None
-    arch = (find_arch(record.config.arch) if record else None) or host_arch()
+def doctor(profile: str | None = None, *, arch_name: str | None = None) -> list[Check]:
+    """Look at the host, for guests of `arch_name` (else of `profile`'s architecture, else of the host's).
+
+    Changes nothing but caches. Raises UsageError for an architecture qvm does not know.
+    """
+    arch = _wanted_arch(profile, arch_name)
     return [*_folders(profile or "default"), *_qemu_and_accelerator(arch), *_builders(arch), *_clients()]
+
+
+def _wanted_arch(profile: str | None, name: str | None) -> Arch:
+    if name is not None:
+        arch = find_arch(name)
+        if arch is None:
+            known = ", ".join(each.name for each in ALL)
+            raise UsageError(f"{name!r} is not an architecture qvm knows", hint=f"one of {known}")
+        return arch
+    record = find_record(profile) if profile else None
+    return (find_arch(record.config.arch) if record else None) or host_arch()
+
+
+def mend(checks: Sequence[Check], say: Callable[[str], None]) -> list[Check]:
+    """Run, on our own terminal, the install commands that failed checks name; `say` is told each before.
+
+    Returns the checks whose command was run. Raises HostError where one fails; what is no install command is left.
+    """
+    done: list[Check] = []
+    ran: set[tuple[str, ...]] = set()
+    for check in checks:
+        argv = install_argv(check.fix, root=os.geteuid() == 0) if check.ok is False and check.fix else None
+        if argv is None:
+            continue
+        if tuple(argv) not in ran:
+            ran.add(tuple(argv))
+            say(shlex.join(argv))
+            code = call(argv)
+            if code != 0:
+                raise HostError(f"`{shlex.join(argv)}` ended with exit code {code}",
+                                hint=f"run it yourself: {check.fix}")
+        done.append(check)
+    return done
 
 
 def _folders(profile: str) -> Iterator[Check]:

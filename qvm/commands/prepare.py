@@ -65,7 +65,8 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
     features = probe_qemu(arch)
     image = obtain_image(config, record, arch, progress=progress)
     with progress.step("checking the accelerator"):
-        choice = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd)
+        choice = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd,
+                                    memory=config.memory)
     notes = [choice.note] if choice.note else []
     for note in notes:
         progress.note(note)

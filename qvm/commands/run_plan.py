@@ -195,7 +195,8 @@ class _Maker:
         assert arch is not None, "validated when it was resolved"
         runtime, features = load_runtime(config.runtime), probe_qemu(arch)
         image = ensure_image(config.image, arch, progress=self.progress)
-        choice = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd)
+        choice = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd,
+                                    memory=config.memory)
         request, warm = self._warm(config, image, features, choice.accel, runtime)
         spec = _own_spec(config, image, arch, choice.accel, request)
         plan = _build_plan(self.wish, config, image, spec, features, runtime, warm)

@@ -30,7 +30,8 @@ def warm(flags: Mapping[str, Any], *, cwd: Path, base: bool = False, progress: P
     assert arch is not None, "validated when it was resolved"
     runtime, features = load_stack(config), probe_qemu(arch)
     image = ensure_image(config.image, arch, progress=progress)
-    accel = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd).accel
+    accel = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd,
+                               memory=config.memory).accel
     stage = BASE if base else RUNTIME
     reason = warm_obstacle(config, image, runtime, stage=stage)
     if reason is not None:

@@ -18,6 +18,7 @@ from qvm.arch import Arch, find_arch
 from qvm.errors import AcceleratorError, UsageError
 from qvm.log import get_logger
 from qvm.qemu.cache import file_identity, load_entry, save_entry
+from qvm.qemu.defects import refuse_known_bad
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.hostinfo import Host, this_host
 from qvm.qemu.proof import Outcome, Prover, Trial, run_proof
@@ -69,15 +70,24 @@ def choose_accelerator(
     *,
     kernel: Path | None,
     initrd: Path | None,
+    memory: int = 0,
     host: Host | None = None,
     prover: Prover = run_proof,
 ) -> Choice:
-    """The accelerator for a guest of `arch`.
+    """The accelerator for a guest of `arch` with `memory` bytes.
 
     "auto" takes the host's own when it is proven, else TCG, with a note. A named one that is not usable raises
-    AcceleratorError with the reason and what mends it.
+    AcceleratorError with the reason and what mends it, a combination that is known to fail QemuTooOldError.
     """
-    host = host or this_host()
+    choice = _choose(wanted, arch, features, kernel, initrd, host or this_host(), prover)
+    refuse_known_bad(features, choice.accel, memory)
+    return choice
+
+
+def _choose(
+    wanted: str, arch: Arch, features: QemuFeatures, kernel: Path | None, initrd: Path | None, host: Host,
+    prover: Prover,
+) -> Choice:
     if wanted not in ("auto", *NAMES):
         raise UsageError(f"unknown accelerator {wanted!r}", hint=f"one of auto, {', '.join(NAMES)}")
     native = _NATIVE.get(host.system, "tcg")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qvm import process
 from qvm.arch import Arch
 
+_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]*")
 OS_RELEASE = Path("/etc/os-release")
 
 _INSTALL = {
@@ -18,6 +20,14 @@ _INSTALL = {
     "zypper": "sudo zypper install",
     "apk": "sudo apk add",
     "brew": "brew install",
+}
+_UNATTENDED = {
+    "apt": ("apt-get", "install", "-y"),
+    "dnf": ("dnf", "install", "-y"),
+    "pacman": ("pacman", "-S", "--noconfirm"),
+    "zypper": ("zypper", "--non-interactive", "install"),
+    "apk": ("apk", "add"),
+    "brew": ("brew", "install"),
 }
 # ID and ID_LIKE of os-release(5) -> package manager
 _MANAGERS = {
@@ -80,3 +90,17 @@ def firmware_hint(arch: Arch, manager: str | None = None) -> str:
     if manager is None or manager not in arch.firmware_packages:
         return f"install the UEFI firmware (EDK II) for {arch.name} with your package manager"
     return f"{_INSTALL[manager]} {arch.firmware_packages[manager]}"
+
+
+def install_argv(hint: str, *, root: bool) -> list[str] | None:
+    """The program that does what an install command of ours says, without asking; None where `hint` is no such command.
+
+    `root`: whether we are; else sudo is called.
+    """
+    for manager, command in _INSTALL.items():
+        if hint.startswith(f"{command} "):
+            packages = hint.removeprefix(command).split()
+            if packages and all(_PACKAGE.fullmatch(package) for package in packages):
+                sudo = ["sudo"] if command.startswith("sudo ") and not root else []
+                return [*sudo, *_UNATTENDED[manager], *packages]
+    return None

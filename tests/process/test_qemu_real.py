@@ -30,7 +30,8 @@ from qvm.qemu.bus import virtio
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.machine import start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
-from qvm.qemu.probe import probe_qemu
+from qvm.qemu.packages import qemu_hint
+from qvm.qemu.probe import find_qemu, probe_qemu
 from qvm.qemu.probe_monitor import probe_monitor
 from qvm.units import MiB
 
@@ -133,6 +134,8 @@ def bench(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         if not other:
             pytest.skip("tests/tools/fetch-qemu10.sh FOLDER, then QVM_TEST_QEMU10=FOLDER/bin")
         monkeypatch.setenv("QVM_QEMU", other)
+    if find_qemu(arch) is None:
+        pytest.skip(f"{arch.qemu_binary} is missing: {qemu_hint(arch)}")
     with tempfile.TemporaryDirectory(prefix="qvm-") as text:  # pytest's own folders are too long for sockets
         folder = Path(text)
         monkeypatch.setenv("QVM_CACHE_HOME", str(folder / "cache"))
