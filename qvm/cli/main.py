@@ -28,6 +28,7 @@ VERBS = {
     "ssh": Verb("qvm.cli.guest", "ssh", "Open a shell or run a command in a VM.", ("exec", "x")),
     "ssh-config": Verb("qvm.cli.guest", "ssh_config", "Print a block for ~/.ssh/config."),
     "nerdctl": Verb("qvm.cli.guest", "nerdctl", "Run nerdctl in a VM.", ("n",)),
+    "ports": Verb("qvm.cli.ports", "ports", "Show, add and remove forwarded ports."),
     "image": Verb("qvm.cli.image", "image", "List, build, fetch and remove images."),
     "logs": Verb("qvm.cli.show", "logs", "Show a VM's logs."),
     "doctor": Verb("qvm.cli.show", "doctor", "Check what this host has and lacks."),

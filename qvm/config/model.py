@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qvm.config.ports import PortForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,10 @@ class Config:
     """http, https, all and no; None: as the host's environment has them."""
     ca_certs: tuple[str, ...] = ()
     """PEM files of the host's that the guest trusts."""
+    port_forwards: tuple[PortForward, ...] = ()
+    """First match wins."""
+    port_forwarder: str = "auto"
+    """auto, user, ssh or none."""
     activate: bool = True
     """Whether start switches the docker context (and others a runtime has) to this instance."""
     kubernetes: bool = False

@@ -13,7 +13,6 @@ The first rule that a guest's listener matches decides; what none matches is for
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -143,6 +142,8 @@ def _address(text: str) -> str:
         return "0.0.0.0"
     if text == "localhost":
         return "127.0.0.1"
+    import ipaddress
+
     try:
         return str(ipaddress.ip_address(text))
     except ValueError:

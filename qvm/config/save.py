@@ -52,6 +52,20 @@ def save_profile(resolved: Resolved) -> list[str]:
     return []
 
 
+def save_setting(profile: str, key: str, value: Any) -> list[str]:
+    """Set one key of a profile file that exists; returns notes on what could not be kept."""
+    path = Files(profile).config
+    if not path.exists():
+        return [f"there is no {path} to keep it in"]
+    text = path.read_text(encoding="utf-8")
+    updated = update_text(text, {key: BY_KEY[key].kind.dump(value)})
+    if updated is None:
+        return [f"{path} could not be changed line by line; put {key} there yourself"]
+    if updated != text:
+        _write(path, updated)
+    return []
+
+
 def render_profile(config: Config) -> str:
     """A new profile file. Pure."""
     lines = [_HEADER.format(profile=config.profile)]

@@ -16,7 +16,6 @@ from qvm.config import validate
 from qvm.config.context import Context, Problem
 from qvm.config.kinds import ArchName, Count, ImageName, Kind, Mounts, Size, Switch, Text, TextList, Variables
 from qvm.config.names import DEFAULT_PROFILE
-from qvm.config.ports import Forwards, validate_rules
 from qvm.config.network import (
     Files,
     Proxies,
@@ -26,6 +25,7 @@ from qvm.config.network import (
     validate_proxies,
     validate_registries,
 )
+from qvm.config.ports import Forwards, validate_rules
 from qvm.units import GiB
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from qvm.config.model import Config, Mount
+from qvm.config.ports import parse_rule
 from qvm.errors import HostError, InstanceStateError
 from qvm.process import Identity
 
 VERSION = 1
-_LISTS = ("dns", "registry_mirrors", "insecure_registries", "ca_certs")
+_LISTS = ("dns", "registry_mirrors", "insecure_registries", "ca_certs", "k3s_args")
 """Fields of Config that are tuples of text."""
 
 
@@ -123,6 +124,7 @@ class Run:
 def config_to_dict(config: Config) -> dict[str, Any]:
     values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     values["mounts"] = [mount.to_dict() for mount in config.mounts]
+    values["port_forwards"] = [str(rule) for rule in config.port_forwards]
     for name in _LISTS:
         values[name] = list(values[name])
     return values
@@ -132,6 +134,7 @@ def config_from_dict(data: dict[str, Any]) -> Config:
     known = {item.name for item in dataclasses.fields(Config)}
     values = {key: value for key, value in data.items() if key in known}
     values["mounts"] = tuple(Mount.from_dict(mount) for mount in data["mounts"])
+    values["port_forwards"] = tuple(parse_rule(rule) for rule in data.get("port_forwards", ()))
     values |= {name: tuple(data[name]) for name in _LISTS if name in data}
     return Config(**values)
 

@@ -19,6 +19,7 @@ from qvm.filenames import Files
 from qvm.supervisor.control import Handler, Send, serve_control
 from qvm.supervisor.core import Supervisor
 from qvm.supervisor.execute import execute
+from qvm.supervisor.ports import port_handlers
 from qvm.supervisor.saves import saving_handlers
 
 # How long the answer to the last request, and a failed start's reason, can be fetched before the process ends.
@@ -51,7 +52,7 @@ def handlers(supervisor: Supervisor) -> dict[str, Handler]:
         return await execute(supervisor.require_link().channel, request, send)
 
     return {"status": status, "watch": watch, "follow": follow, "stop": stop, "exec": run,
-            **saving_handlers(supervisor)}
+            **port_handlers(supervisor), **saving_handlers(supervisor)}
 
 
 async def supervise(profile: str) -> None:

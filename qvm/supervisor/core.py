@@ -40,6 +40,7 @@ from qvm.supervisor.link import GuestLink
 from qvm.supervisor.publishing import Publishing
 from qvm.supervisor.ready import ReadyParts, build_requirements, with_serial
 from qvm.supervisor.reviving import Revival, explain, find_suspended
+from qvm.supervisor.usernet import QemuUserNetwork
 from qvm.warm.fork import ForkPlan, find_plan
 from qvm.warm.request import RUNTIME
 from qvm.warm.store import discard_warm
@@ -222,7 +223,13 @@ class Supervisor:
             self.run.ssh_port, self.record.user.name, self.files.ssh_key,
             self.files.ssh_host_key.with_suffix(".pub").read_text().strip(),
         )
-        self.link = GuestLink(self.files, target, publish=self.bus.publish, on_new_session=self._serve_again)
+        config = self.record.config
+        assert self.monitor is not None
+        self.link = GuestLink(
+            self.files, target, publish=self.bus.publish, on_new_session=self._serve_again, rules=config.port_forwards,
+            port_forwarder=config.port_forwarder,
+            user_network=QemuUserNetwork.of(self.monitor, pid=self.run.qemu.pid, ssh_port=self.run.ssh_port),
+        )
         return self.link
 
     async def _make_ready(self) -> None:
@@ -366,6 +373,7 @@ class Supervisor:
             "requirements": dict(self.requirements),
             "runtime_version": self.run.runtime_version if self.run else "",
             "forwards": self.link.forwards() if self.link else [],
+            "forward_events": self.link.forward_events() if self.link else [],
             "sockets": self.link.sockets() if self.link else {},
             "ports": self.publishing.ports() if self.publishing else {},
         }

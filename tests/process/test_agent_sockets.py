@@ -82,7 +82,7 @@ def test_a_datagram_to_nobody_is_lost_and_the_next_one_is_not(tmp_path: Path) ->
 
 def test_the_agent_listens_for_the_host(tmp_path: Path) -> None:
     async def work() -> None:
-        async with streams(tmp_path) as (process, _, mux):
+        async with streams(tmp_path) as (_, _, mux):
             port, path = free_port(), tmp_path / "in-guest.sock"
             tcp, unix = await mux.listen_tcp("127.0.0.1", port), await mux.listen_unix(str(path))
             for listener, connect in ((tcp, asyncio.open_connection("127.0.0.1", port)),
