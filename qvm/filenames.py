@@ -13,6 +13,8 @@ from qvm.errors import PathTooLongError
 
 # sun_path holds 108 bytes on Linux and 104 on macOS, the closing NUL included (unix(7), <sys/un.h>).
 MAX_SOCKET_PATH = 103
+FIRMWARE_VARS = "efivars.fd"
+"""UEFI's variables, beside a machine's disks: in instances, warm images, saved states and runs alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class Files:
 
     @property
     def firmware_vars(self) -> Path:
-        return self.folder / "efivars.fd"
+        return self.folder / FIRMWARE_VARS
 
     @property
     def monitor_socket(self) -> Path:

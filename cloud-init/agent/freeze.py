@@ -3,6 +3,7 @@
 import os
 import time
 
+from .base import Failure, log
 from .command import account_of
 from .disks import find_disk
 from .files import read, write_atomic
@@ -47,7 +48,10 @@ class Freezer:
     def load():
         missing = [name for name in FORK_MODULES if not os.path.isdir(f"/sys/module/{name}")]
         if missing:
-            run_program(["modprobe", "-a", *missing])
+            try:
+                run_program(["modprobe", "-a", *missing])
+            except Failure as error:  # a distribution's kernel need not have them all; modprobe loads the others
+                log("modules for forks:", error)
 
     @staticmethod
     def forget():

@@ -62,7 +62,12 @@ def wait_for_tag(tag):
     """
     drivers = "/sys/bus/virtio/drivers/9pnet_virtio"
     if not os.path.isdir(drivers):
-        run_program(["modprobe", "9pnet_virtio"])
+        try:
+            run_program(["modprobe", "-a", "9pnet_virtio", "9p"])
+        except Failure as error:
+            raise Failure(f"this image's kernel ({os.uname().release}) has no 9p, by which host folders are mounted: "
+                          "use an image with the distribution's generic kernel, not its cloud kernel, or "
+                          "--mount none and `qvm cp`") from error
     end = time.monotonic() + PLUG_TIMEOUT
     while True:
         found = [(read(f"{drivers}/{name}/mount_tag") or b"").rstrip(b"\0\n").decode() for name in os.listdir(drivers)]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvm import paths
 from qvm.errors import QvmError
+from qvm.filenames import FIRMWARE_VARS
 from qvm.supervisor.runplan import FOLDER, RunPlan
 
 if TYPE_CHECKING:
@@ -240,23 +241,21 @@ class _Maker:
 def _own_spec(config: Config, image: Image, arch: Arch, accel: str, request: WarmRequest | None) -> InstanceSpec:
     from dataclasses import replace
 
-    from qvm.instance.kernel import kernel_cmdline
-    from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
+    from qvm.instance.kernel import kernel_boot
+    from qvm.instance.spec import Disk, InstanceSpec
     from qvm.supervisor.assemble import mac_address
     from qvm.warm.request import build_warm_spec
 
     folder = Path(FOLDER)
     uuid = "00000000-0000-4000-8000-000071766d72"
-    boot = None
-    if image.kernel is not None and image.initrd is not None:
-        boot = KernelBoot(image.kernel, image.initrd, kernel_cmdline(image.cmdline, arch, accel))
+    boot = kernel_boot(image.kernel, image.initrd, image.cmdline, arch, accel)
     spec = InstanceSpec(
         name=PROFILE, uuid=uuid, arch=arch.name, accel=accel, cpus=config.cpus, memory=config.memory,
         disks=(Disk(folder / "root.qcow2", "root"), Disk(folder / "data.qcow2", "data"),
                Disk(folder / "seed.iso", "seed", format="raw", readonly=True)),
         mounts=config.mounts, mac=mac_address(uuid), ssh_port=0, monitor_socket=folder / "m",
         agent_socket=folder / "a", stream_socket=folder / "s", serial_log=folder / "serial.log", boot=boot,
-        firmware_vars=None if boot is not None else folder / "efivars.fd",
+        firmware_vars=None if boot is not None else folder / FIRMWARE_VARS,
     )
     # The guest knows one network card, the warm machine's; each guest has a network of its own, so it can keep it.
     return spec if request is None else replace(spec, mac=build_warm_spec(request, folder).mac)
@@ -289,8 +288,17 @@ def _build_plan(
         hostname=config.hostname, mounts=tuple(mount.to_dict() for mount in config.mounts), dns=config.dns,
         data_folders=tuple(str(folder) for folder in runtime.data_folders),
         cwd=wish.guest_cwd or _guest_cwd(config.mounts, wish.cwd, user),
-        grow=warm is not None and config.disk > DATA_SIZE,
+        grow=warm is not None and config.disk > DATA_SIZE, firmware_vars=_firmware_vars(image, features, warm),
     )  # fmt: skip
+
+
+def _firmware_vars(image: Image, features: QemuFeatures, warm: WarmImage | None) -> str | None:
+    """What a machine that boots by UEFI begins its variables as."""
+    if not image.is_foreign:
+        return None
+    if warm is not None:
+        return str(warm.firmware_vars)
+    return None if features.firmware is None else str(features.firmware.variables)
 
 
 def _guest_cwd(mounts: Sequence[Mount], cwd: Path, user: GuestUser) -> str:

@@ -45,6 +45,11 @@ class Image:
     manifest: dict[str, Any]
 
     @property
+    def is_foreign(self) -> bool:
+        """qvm did not make it: it boots by firmware, and cloud-init brings the agent into it."""
+        return self.kernel is None
+
+    @property
     def is_imported(self) -> bool:
         """A user's own, which nothing here could make again."""
         return bool(self.manifest.get("imported"))

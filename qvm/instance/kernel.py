@@ -1,8 +1,18 @@
-"""The kernel command line of images that boot a kernel directly."""
+"""How an image boots: by a kernel beside its disk, with a command line made here, or by firmware."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qvm.arch import X86_64, Arch
+from qvm.instance.spec import KernelBoot
+
+
+def kernel_boot(kernel: Path | None, initrd: Path | None, cmdline: str, arch: Arch, accel: str) -> KernelBoot | None:
+    """How an image with these files boots; None where it has no kernel of its own beside its disk (UEFI)."""
+    if kernel is None or initrd is None:
+        return None
+    return KernelBoot(kernel, initrd, kernel_cmdline(cmdline, arch, accel))
 
 
 def kernel_cmdline(base: str, arch: Arch, accel: str) -> str:

@@ -1,13 +1,12 @@
 """A seed as files: what cloud-init's NoCloud source expects, and the document our agent applies.
 
-qvm's own images boot with cloud-init off and take everything from `qvm.json`; foreign cloud images get the essentials
-from `user-data`, which also installs the agent. The templates are in `cloud-init/`; every value is put in as JSON,
+qvm's own images boot with cloud-init off and take everything from `qvm.json`; foreign cloud images
+have cloud-init start the agent from the same disk. The templates are in `cloud-init/`; every value is put in as JSON,
 which is YAML, so no value can change a file's structure.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import secrets
 import time
@@ -23,6 +22,8 @@ from qvm.errors import ConfigError
 from qvm.seed.data import SeedData, validate_seed
 
 DOCUMENT_VERSION = 1
+_NAMESERVER = "10.0.2.3"
+"""QEMU's own."""
 _ENTROPY = 64
 """Bytes; the kernel's generator is keyed with 32."""
 
@@ -111,35 +112,18 @@ def render_seed(data: SeedData, *, templates: Templates | None = None) -> dict[s
     document = json.dumps(seed_document(data), indent=1, sort_keys=True).encode() + b"\n"
     return {
         "meta-data": _fill(texts.meta_data, instance_id=data.instance_id, hostname=data.hostname),
-        "user-data": _fill(
-            texts.user_data,
-            hostname=data.hostname,
-            users=_users(data),
-            disable_root=data.uid != 0,
-            ssh_keys={"ed25519_private": data.host_key, "ed25519_public": data.host_key_public},
-            agent=_packed(texts.agent),
-            installer=_packed(texts.installer),
-            unit=_packed(texts.unit),
-        ),
+        "user-data": texts.user_data.encode(),
         "network-config": _fill(
-            texts.network_config, match={"macaddress": data.mac.lower()} if data.mac else {"name": "e*"}
+            texts.network_config, match={"macaddress": data.mac.lower()} if data.mac else {"name": "e*"},
+            nameservers=list(data.dns) or [_NAMESERVER],
         ),
         "qvm.json": document,
+        "agent.py": texts.agent,
+        "install-agent.sh": texts.installer,
+        "qvm-agent.service": texts.unit,
     }
-
-
-def _users(data: SeedData) -> list[dict[str, Any]]:
-    """cloud-init's users: ours and no default one. The shell is the distribution's own: bash may be missing."""
-    keys = list(data.authorized_keys)
-    if data.uid == 0:
-        return [{"name": "root", "ssh_authorized_keys": keys}]
-    return [{"name": data.user, "uid": data.uid, "homedir": data.home, "sudo": "ALL=(ALL:ALL) NOPASSWD:ALL",
-             "lock_passwd": True, "ssh_authorized_keys": keys}]
 
 
 def _fill(template: str, **values: Any) -> bytes:
     return Template(template).substitute({name: json.dumps(value) for name, value in values.items()}).encode()
 
-
-def _packed(data: bytes) -> str:
-    return b64encode(gzip.compress(data, mtime=0)).decode()

@@ -9,9 +9,9 @@ from qvm.arch import Arch
 from qvm.filenames import Files
 from qvm.image.layers import data_disk, newest, root_disk
 from qvm.image.store import Image
-from qvm.instance.kernel import kernel_cmdline
+from qvm.instance.kernel import kernel_boot
 from qvm.instance.record import Record
-from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
+from qvm.instance.spec import Disk, InstanceSpec
 from qvm.runtime.base import Runtime
 from qvm.runtime.network import proxy_variables
 from qvm.seed.data import SeedData
@@ -20,9 +20,7 @@ from qvm.seed.data import SeedData
 def build_spec(record: Record, image: Image, arch: Arch) -> InstanceSpec:
     config = record.config
     files = Files(config.profile)
-    boot = None
-    if image.kernel is not None and image.initrd is not None:
-        boot = KernelBoot(image.kernel, image.initrd, kernel_cmdline(image.cmdline, arch, record.accel))
+    boot = kernel_boot(image.kernel, image.initrd, image.cmdline, arch, record.accel)
     return InstanceSpec(
         name=config.profile,
         uuid=record.uuid,

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from qvm.errors import InstanceStateError, NotReadyError, QvmError
 from qvm.filenames import Files
+from qvm.guest.bootwatch import watch_boot
 from qvm.guest.requirements import wait_until_ready
 from qvm.guest.ssh import SshTarget
 from qvm.image.store import Image, load_image
@@ -237,16 +238,18 @@ class Supervisor:
         link = self._new_link()
         said_hello = asyncio.ensure_future(link.open())
         parts = ReadyParts(self.record, link.channel, self.runtime, self.context, self.run.ssh_port,
-                           self.files.serial_log)
+                           self.files.serial_log, foreign=self.image.is_foreign)
         wanted = build_requirements(parts, agent=said_hello)
         self.requirements = {requirement.name: "waiting" for requirement in wanted}
         try:
             await self._unless_qemu_ends(wait_until_ready(wanted, self._on_requirement))
+        watching = asyncio.create_task(watch_boot(self.files.serial_log, self._on_phase, wanted=parts.foreign))
         finally:
             said_hello.cancel()
         await self._publish_ready(None)
 
     async def _publish_ready(self, version: str | None) -> None:
+            watching.cancel()
         """Open to the host what is open to it, and say so. `version`: the runtime's, where it is known."""
         link = self.require_link()
         self.publishing = Publishing(self.files, self.runtime, self.context, link)
@@ -284,6 +287,9 @@ class Supervisor:
         known = error if isinstance(error, QvmError) else QvmError(
             f"the supervisor failed: {error!r}", hint="this is a defect in qvm", log_path=self.files.supervisor_log
         )
+    def _on_phase(self, name: str, state: str, seconds: float) -> None:
+        self.bus.publish("requirement", name=name, state=state, seconds=seconds)
+
         self.phase = "failed"
         await self._end_qemu(force=True)
         await self._ended("failed", error=with_serial(known, self.files.serial_log))

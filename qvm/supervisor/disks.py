@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from qvm.filenames import Files
@@ -38,6 +39,9 @@ def prepare_fork(record: Record, warm: WarmImage) -> None:
     files = Files(record.config.profile)
     pin(warm, files.root_disk)
     create_fork_disks(warm, files.root_disk, files.data_disk)
+    if warm.firmware_vars.exists():
+        shutil.copyfile(warm.firmware_vars, files.firmware_vars)
+        files.firmware_vars.chmod(0o600)
     if warm.stage != RUNTIME:
         _grow(files.data_disk, record.config.disk)
     save_plan(files.fork_plan, warm)
@@ -61,6 +65,7 @@ def drop_unused_fork(profile: str) -> None:
 def _remove_fork_disks(files: Files, stage: str) -> None:
     """Remove what `prepare_fork` made; the plan last, so that an interrupted removal is taken up again."""
     files.root_disk.unlink(missing_ok=True)
+    files.firmware_vars.unlink(missing_ok=True)
     if stage == RUNTIME:
         files.data_disk.unlink(missing_ok=True)
     files.fork_plan.unlink(missing_ok=True)

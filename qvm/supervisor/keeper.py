@@ -7,6 +7,7 @@ come between none. And the kernel ends QEMU with the thread that started it, whi
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvm.errors import HostError
+from qvm.filenames import FIRMWARE_VARS
 from qvm.image.qcow2 import write_overlay
 from qvm.process import DyingProcess, spawn_dying
 from qvm.supervisor.runfolder import RunFolder, make_run_folder, sweep_runs
@@ -117,6 +119,9 @@ def _take_warm(plan: RunPlan, stack: ExitStack) -> WarmImage | None:
 
 def _write_disks(plan: RunPlan, folder: Path) -> None:
     write_overlay(folder / "root.qcow2", backing=Path(plan.root), backing_format=plan.root_format, size=plan.root_size)
+    if plan.firmware_vars is not None:
+        shutil.copyfile(plan.firmware_vars, folder / FIRMWARE_VARS)
+        (folder / FIRMWARE_VARS).chmod(0o600)
     if plan.data is not None:
         write_overlay(folder / "data.qcow2", backing=Path(plan.data), backing_format="qcow2", size=plan.data_size)
         return

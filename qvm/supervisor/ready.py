@@ -19,10 +19,18 @@ from qvm.wait import backoff
 
 # Generous: a guest under software emulation on a busy host takes tens of seconds where hardware takes two.
 AGENT_TIMEOUT = 240.0
+# Firmware, boot loader, a kernel for every machine there is, all of its services, cloud-init's two first stages.
+FOREIGN_AGENT_TIMEOUT = 1200.0
+FOREIGN_SSH_TIMEOUT = 600.0
+INSTALL_TIMEOUT = 1800.0
+"""Seconds that a runtime may take to be installed from the packages of the guest's distribution."""
 SEED_TIMEOUT = 120.0
 MOUNTS_TIMEOUT = 60.0
 SSH_TIMEOUT = 120.0
 SERIAL_TAIL = 25
+_AGENT_HINT = "the guest did not boot as far as qvm's agent; `qvm logs serial` shows its console"
+_FOREIGN_AGENT_HINT = ("the guest did not boot as far as qvm's agent, which cloud-init starts: the image must boot by "
+                       "UEFI and have cloud-init with NoCloud, and python3; `qvm logs serial` shows its console")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,8 @@ class ReadyParts:
     context: RuntimeContext
     ssh_port: int
     serial_log: Path
+    foreign: bool = False
+    """qvm did not make the image: it boots in its own time, and its runtime comes from its distribution."""
 
 
 def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> list[Requirement]:
@@ -62,10 +72,10 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
             await asyncio.sleep(pause)
 
     requirements = [
-        Requirement("agent", AGENT_TIMEOUT, "the guest did not boot as far as qvm's agent; `qvm logs serial` "
-                    "shows its console", check_agent),
-        Requirement("ssh", SSH_TIMEOUT, "sshd in the guest does not answer; see `qvm logs serial`", check_ssh,
-                    after=("agent",)),
+        Requirement("agent", FOREIGN_AGENT_TIMEOUT if parts.foreign else AGENT_TIMEOUT,
+                    _FOREIGN_AGENT_HINT if parts.foreign else _AGENT_HINT, check_agent),
+        Requirement("ssh", FOREIGN_SSH_TIMEOUT if parts.foreign else SSH_TIMEOUT,
+                    "sshd in the guest does not answer; see `qvm logs serial`", check_ssh, after=("agent",)),
         Requirement("seed", SEED_TIMEOUT, "user, keys or data disk could not be set up; see `qvm logs serial`",
                     check_seed, after=("agent",)),
     ]
@@ -78,10 +88,15 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
         settled = ("mounts",)
     if parts.runtime.name != "none":
         requirements.append(
-            Requirement("runtime", parts.runtime.start_timeout, f"{parts.runtime.name} in the guest does not answer; "
-                        "`qvm logs runtime` shows its journal", check_runtime, after=settled)
+            Requirement("runtime", runtime_timeout(parts.runtime, foreign=parts.foreign), f"{parts.runtime.name} in "
+                        "the guest does not answer; `qvm logs runtime` shows its journal", check_runtime, after=settled)
         )
     return requirements
+
+
+def runtime_timeout(runtime: Runtime, *, foreign: bool) -> float:
+    """Seconds until a runtime must answer that may have to be installed first."""
+    return runtime.start_timeout + (INSTALL_TIMEOUT if foreign else 0.0)
 
 
 async def start_runtime(runtime: Runtime, channel: AgentChannel, context: RuntimeContext) -> None:

@@ -48,6 +48,8 @@ class RunPlan:
     """Where commands run in the guest."""
     grow: bool = False
     """The data disk is larger than the file system on it."""
+    firmware_vars: str | None = None
+    """What UEFI's variables begin as; None: the machine boots a kernel directly."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

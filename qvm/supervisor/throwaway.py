@@ -30,6 +30,7 @@ QEMU_TIMEOUT = 30.0
 """Seconds until QEMU's monitor answers. It takes 0.1; a loaded host may swap."""
 FORK_HELLO_TIMEOUT = 30.0
 BOOT_TIMEOUT = 240.0
+FOREIGN_BOOT_TIMEOUT = 1200.0
 SETUP_TIMEOUT = 120.0
 _END_PATIENCE = 5.0
 """Seconds that QEMU may take to end after its sockets have closed: it gives its memory back in between."""
@@ -167,7 +168,7 @@ class Machine:
 
     async def _boot(self) -> None:
         await self.channel.connect(self._folder.agent_socket)
-        await self.channel.hello(timeout=BOOT_TIMEOUT)
+        await self.channel.hello(timeout=FOREIGN_BOOT_TIMEOUT if self.plan.firmware_vars else BOOT_TIMEOUT)
         self.done("boot")
         seed = await self.channel.wait_for_seed()
         self._check_setup(seed)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qvm import paths
 from qvm.errors import GuestError, NotReadyError, QemuError, QvmError
+from qvm.guest.bootwatch import watch_boot
 from qvm.guest.channel import AgentChannel
 from qvm.guest.keys import ensure_key
 from qvm.image.disk import create_data_disk, create_disk, create_overlay, disk_info
@@ -31,12 +32,20 @@ from qvm.seed.data import SeedData
 from qvm.seed.iso import write_iso
 from qvm.seed.render import render_seed
 from qvm.units import GiB
-from qvm.warm.request import DATA_SIZE, RUNTIME, WarmRequest, build_warm_spec, warm_key
-from qvm.warm.store import MANIFEST, WarmImage, find_warm, load_warm, lock_path, prune_warm, sweep, warm_dir
+from qvm.warm.request import DATA_SIZE, RUNTIME, WarmRequest, build_warm_spec, nobodys_context, warm_key
+from qvm.warm.store import MANIFEST, WarmImage, find_warm, load_warm, lock_path, prune_warm, spend, sweep, warm_dir
 
 BOOT_TIMEOUT = 300.0
 """Seconds until the agent answers; generous, for software emulation on a busy host."""
+FOREIGN_BOOT_TIMEOUT = 1200.0
+"""The same for an image that qvm did not make: firmware, boot loader, its own kernel and services, cloud-init."""
+FOREIGN_ROOT_SIZE = 20 * GiB
 QUIT_TIMEOUT = 30.0
+# Under systemd cloud-init's stages are services like others.
+_UNTIL_QUIET = """
+if [ -d /run/systemd/system ]; then exec systemctl is-system-running --wait; fi
+command -v cloud-init >/dev/null && exec cloud-init status --wait
+"""
 
 Tell = Callable[[str, str, float], None]
 
@@ -76,6 +85,17 @@ def ensure_warm(request: WarmRequest, *, progress: Progress) -> WarmImage:
     return warm
 
 
+def take_warm(request: WarmRequest, *, progress: Progress) -> WarmImage:
+    """The warm image for one fork, made first where there is none; of those for single use, one that is nobody else's.
+
+    Raises as `ensure_warm` does.
+    """
+    while True:
+        warm = ensure_warm(request, progress=progress)
+        if not request.single_use or spend(warm):
+            return warm
+
+
 class _Maker:
     def __init__(self, request: WarmRequest, folder: Path, tell: Tell) -> None:
         self.request = request
@@ -106,11 +126,11 @@ class _Maker:
         self._seal(version)
 
     def context(self) -> RuntimeContext:
-        """Of a machine that is nobody's: its small state goes with the maker."""
-        return RuntimeContext(
-            "warm", self.folder, self.folder, "root", cache_folder=paths.cache_home() / "runtimes",
-            arch=self.request.arch.name, sections=self.request.settings,
-        )
+        return nobodys_context(self.request.settings, self.request.arch, self.folder)
+
+    @property
+    def boot_timeout(self) -> float:
+        return FOREIGN_BOOT_TIMEOUT if self.request.image.is_foreign else BOOT_TIMEOUT
 
     async def _abandon(self, identity: Identity, monitor: Monitor) -> None:
         await stop_qemu(identity, monitor, force=True)
@@ -126,6 +146,8 @@ class _Maker:
         image, folder = self.request.image, self.folder
         (folder / "idle").mkdir(mode=0o500)
         size = disk_info(image.disk, format=image.format).virtual_size
+        if image.is_foreign:
+            size = max(size, FOREIGN_ROOT_SIZE)  # cloud-init's first boot grows the partition to it
         create_overlay(folder / "root.qcow2", backing=image.disk, backing_format=image.format, size=size)
         if self.request.stage == RUNTIME:
             create_data_disk(folder / "data.qcow2", DATA_SIZE)
@@ -167,7 +189,7 @@ class _Maker:
             self._done("warm seed")
             version = await self._start_runtime(channel)
             # What the boot has left to do, each fork would have to do again.
-            await channel.exec(["systemctl", "is-system-running", "--wait"], check=False, timeout=BOOT_TIMEOUT)
+            await channel.exec(["sh", "-c", _UNTIL_QUIET], check=False, timeout=self.boot_timeout)
             self._done("warm boot")
             await channel.freeze(self.request.stage)
             self._done("warm quiet")
@@ -178,14 +200,21 @@ class _Maker:
     async def _await_hello(self, channel: AgentChannel, monitor: Monitor, spec: InstanceSpec) -> None:
         async def hello() -> None:
             try:
-                await channel.hello(timeout=BOOT_TIMEOUT)
+                await channel.hello(timeout=self.boot_timeout)
             except QvmError as error:
                 raise NotReadyError("agent", error.message, details=tail_of(spec.serial_log) or None) from error
 
         log = self.folder / "qemu.log"
-        await monitor.unless_closed(hello(), lambda: NotReadyError(
-            "qemu", "QEMU ended while the warm image booted", log_path=log, details=tail_of(log) or None
+        watching = asyncio.create_task(watch_boot(
+            spec.serial_log, lambda name, state, seconds: self.tell(f"warm {name}", state, seconds),
+            wanted=self.request.image.is_foreign,
         ))  # fmt: skip
+        try:
+            await monitor.unless_closed(hello(), lambda: NotReadyError(
+                "qemu", "QEMU ended while the warm image booted", log_path=log, details=tail_of(log) or None
+            ))  # fmt: skip
+        finally:
+            watching.cancel()
 
     async def _start_runtime(self, channel: AgentChannel) -> str:
         if self.request.stage != RUNTIME:
@@ -208,8 +237,8 @@ class _Maker:
             (folder / name).unlink(missing_ok=True)
         for name in ("m", "a", "s"):
             (folder / name).unlink(missing_ok=True)
-        for name in ("root.qcow2", "data.qcow2", "devices", "seed.iso"):
-            paths.sync(folder / name)
+        for path in (*folder.glob("*.qcow2"), *folder.glob("*.fd"), folder / "devices", folder / "seed.iso"):
+            paths.sync(path)
         files = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
         write_json(folder / MANIFEST, {
             "version": 1, "title": request.title, "stage": request.stage, "image": request.image.id,

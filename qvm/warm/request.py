@@ -12,15 +12,17 @@ from typing import Any, Literal
 from qvm.agentbundle import agent_source
 from qvm.arch import X86_64, Arch
 from qvm.config.model import Config
+from qvm.filenames import FIRMWARE_VARS
 from qvm.image.store import Image
-from qvm.instance.kernel import kernel_cmdline
-from qvm.instance.spec import Disk, InstanceSpec, KernelBoot
+from qvm.instance.kernel import kernel_boot
+from qvm.instance.spec import Disk, InstanceSpec
+from qvm.paths import cache_home, share_dir
+from qvm.qemu.board import PLUGGABLE_MEMORY
 from qvm.qemu.cmdline import build_argv
 from qvm.qemu.devices import MAX_MOUNTS
-from qvm.qemu.board import PLUGGABLE_MEMORY
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.hostinfo import read_cpu_model
-from qvm.runtime.base import Runtime
+from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.runtime.stack import Stack, sections_of
 from qvm.units import GiB, MiB
 
@@ -56,6 +58,11 @@ class WarmRequest:
     """Each runtime's section of the profile."""
 
     @property
+    def single_use(self) -> bool:
+        """Whether each fork needs a warm image of its own."""
+        return self.stage == RUNTIME and self.runtime.single_use
+
+    @property
     def title(self) -> str:
         """For people: `debian-13 with docker (x86_64, 2 CPUs, 2048 MiB)`."""
         what = f" with {self.runtime.name}" if self.stage == RUNTIME and self.runtime.name != "none" else ""
@@ -88,10 +95,16 @@ def build_request(
     )
 
 
+def nobodys_context(sections: Mapping[str, Mapping[str, Any]], arch: Arch, folder: Path) -> RuntimeContext:
+    """For runtimes of a machine that is nobody's: the little they keep on the host goes into `folder`."""
+    return RuntimeContext("warm", folder, folder, "root", cache_folder=cache_home() / "runtimes", arch=arch.name,
+                          sections=sections)
+
+
 def build_warm_spec(request: WarmRequest, folder: Path) -> InstanceSpec:
     """The machine that is booted and frozen in `folder`; that of a fork is made from it (`build_fork_spec`)."""
     image = request.image
-    assert image.kernel is not None and image.initrd is not None, "asked before"
+    boot = kernel_boot(image.kernel, image.initrd, image.cmdline, request.arch, request.accel)
     return InstanceSpec(
         name="warm", uuid=_UUID, arch=request.arch.name, accel=request.accel, cpus=request.cpus, memory=request.memory,
         disks=(
@@ -102,7 +115,7 @@ def build_warm_spec(request: WarmRequest, folder: Path) -> InstanceSpec:
         mounts=(), mac=_MAC, ssh_port=0,
         monitor_socket=folder / "m", agent_socket=folder / "a", stream_socket=folder / "s",
         serial_log=folder / "serial.log",
-        boot=KernelBoot(image.kernel, image.initrd, kernel_cmdline(image.cmdline, request.arch, request.accel)),
+        boot=boot, firmware_vars=None if boot is not None else folder / FIRMWARE_VARS,
         ram_file=folder / "ram", ram_shared=True, mount_slots=request.mount_slots, idle_folder=folder / "idle",
     )
 
@@ -121,15 +134,25 @@ def warm_key(request: WarmRequest) -> str:
         "cpu": "" if request.accel == "tcg" else read_cpu_model(),
         "agent": hashlib.sha256(agent_source()).hexdigest(),
         "stage": request.stage,
+        "foreign": _foreign_identity(request) if request.image.is_foreign else None,
         "runtime": request.runtime.warm_identity(request.settings) if request.stage == RUNTIME else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _foreign_identity(request: WarmRequest) -> list[str]:
+    """What else an image that qvm did not make boots by: the firmware, and what the seed tells cloud-init."""
+    firmware = request.features.firmware
+    files = [firmware.code, firmware.variables] if firmware is not None else []
+    seed = share_dir("cloud-init")
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in (
+        *files, seed / "user-data.yaml", seed / "network-config.yaml", seed / "install-agent.sh",
+        seed / "qvm-agent.service",
+    )]
+
+
 def warm_obstacle(config: Config, image: Image, runtime: Runtime, *, stage: Stage) -> str | None:
     """Why no warm image can serve this; None where one can."""
-    if image.kernel is None:
-        return f"the image {image.name!r} boots by its own firmware and boot loader"
     if stage == RUNTIME and config.disk < DATA_SIZE:
         return f"a data disk below {DATA_SIZE // GiB} GiB is made for the profile alone"
     return None

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,11 +23,16 @@ from typing import Any
 
 from qvm import paths
 from qvm.errors import HostError, QvmError
+from qvm.filenames import FIRMWARE_VARS
 from qvm.qemu.hostinfo import read_boot_id
 from qvm.units import GiB
 
 MANIFEST = "manifest.json"
 SYNCED = "synced"
+SPENT = "spent"
+"""Of one that may be forked once only: it has been. Its root disk stays while the fork's lies on it."""
+SPENT_GRACE = 3600.0
+"""Seconds after which one that was spent on a start that never made a disk is rubbish."""
 DEFAULT_LIMIT = 10 * GiB
 """Bytes on disk that warm images may take together, those in use aside; `QVM_WARM_LIMIT` (bytes) says otherwise."""
 
@@ -53,6 +59,11 @@ class WarmImage:
     def devices(self) -> Path:
         """The device state."""
         return self.folder / "devices"
+
+    @property
+    def firmware_vars(self) -> Path:
+        """There only where the machine booted by UEFI."""
+        return self.folder / FIRMWARE_VARS
 
     @property
     def stage(self) -> str:
@@ -82,6 +93,7 @@ class WarmImage:
             "stage": self.stage, "arch": self.manifest["arch"], "cpus": self.manifest["cpus"],
             "memory": self.manifest["memory"], "size": self.size(), "created": self.manifest["created"],
             "last_used": self.last_used, "in_use": is_in_use(self), "folder": str(self.folder),
+            "spent": (self.folder / SPENT).exists(),
         }  # fmt: skip
 
 
@@ -94,9 +106,23 @@ def lock_path(key: str) -> Path:
 
 
 def find_warm(key: str) -> WarmImage | None:
-    """The finished warm image of that key; None where there is none, or none that can be trusted."""
+    """The finished warm image of that key; None where there is none, or none that can be trusted or is left."""
+    return next(iter(find_fresh(key)), None)
+
+
+def find_fresh(key: str) -> list[WarmImage]:
+    """All that can be forked. There are several only of those that may be forked once."""
     found = (load_warm(folder) for folder in sorted(warm_dir().glob(f"{key}-*")))
-    return next((warm for warm in found if warm is not None), None)
+    return [warm for warm in found if warm is not None and not (warm.folder / SPENT).exists()]
+
+
+def spend(warm: WarmImage) -> bool:
+    """Take one that may be forked once; False where another was quicker."""
+    try:
+        os.close(os.open(warm.folder / SPENT, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return False
+    return True
 
 
 def load_warm(folder: Path) -> WarmImage | None:
@@ -238,5 +264,12 @@ def sweep(key: str) -> None:
 def _remove_leftovers() -> None:
     """Folders that are no warm images any more and that nothing lies on."""
     for folder in _folders():
-        if load_warm(folder) is None and not _is_pinned(folder):
+        if (load_warm(folder) is None or _is_long_spent(folder)) and not _is_pinned(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_long_spent(folder: Path) -> bool:
+    try:
+        return time.time() - (folder / SPENT).stat().st_mtime > SPENT_GRACE
+    except OSError:
+        return False

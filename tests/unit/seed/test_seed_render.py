@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import shutil
@@ -36,7 +35,8 @@ def load(raw: bytes) -> Any:
 
 def test_files_are_what_nocloud_wants() -> None:
     files = render_seed(DATA)
-    assert set(files) == {"meta-data", "user-data", "network-config", "qvm.json"}
+    assert set(files) == {"meta-data", "user-data", "network-config", "qvm.json", "agent.py", "install-agent.sh",
+                          "qvm-agent.service"}
     assert load(files["meta-data"]) == {"instance-id": DATA.instance_id, "local-hostname": "qvm-dev"}
     network = load(files["network-config"])
     assert network["version"] == 2
@@ -45,34 +45,30 @@ def test_files_are_what_nocloud_wants() -> None:
     assert without["ethernets"]["qvm"]["match"] == {"name": "e*"}
 
 
-def test_user_data_gives_a_login_without_the_agent() -> None:
-    user_data = load(render_seed(DATA)["user-data"])
-    assert user_data["users"] == [{
-        "name": "jane", "uid": 1000, "homedir": "/home/jane.guest", "sudo": "ALL=(ALL:ALL) NOPASSWD:ALL",
-        "lock_passwd": True, "ssh_authorized_keys": ["ssh-ed25519 AAAA 'jane' $x"]}]
-    assert user_data["ssh_keys"] == {"ed25519_private": KEY, "ed25519_public": "ssh-ed25519 BBBB qvm"}
-    assert user_data["hostname"] == "qvm-dev"
-    assert user_data["disable_root"] is True and user_data["ssh_pwauth"] is False
+def test_user_data_only_starts_the_agent_and_grows_the_root() -> None:
+    files = render_seed(DATA)
+    user_data = load(files["user-data"])
+    assert user_data["cloud_init_modules"] == ["bootcmd", "growpart", "resizefs"]
+    assert user_data["cloud_config_modules"] == user_data["cloud_final_modules"] == user_data["users"] == []
     assert user_data["growpart"]["devices"] == ["/"]
+    (command,) = user_data["bootcmd"]
+    assert command[:2] == ["sh", "-c"] and "install-agent.sh /run/qvm-seed" in command[2]
+    assert KEY not in files["user-data"].decode() and b"jane" not in files["user-data"]
 
 
-def test_root_on_the_host_is_root_in_the_guest() -> None:
-    user_data = load(render_seed(replace(DATA, user="root", uid=0, gid=0, home="/root"))["user-data"])
-    assert user_data["users"] == [{"name": "root", "ssh_authorized_keys": ["ssh-ed25519 AAAA 'jane' $x"]}]
-    assert user_data["disable_root"] is False
+def test_the_disk_carries_the_agent() -> None:
+    files, texts = render_seed(DATA), load_templates()
+    assert (files["agent.py"], files["install-agent.sh"], files["qvm-agent.service"]) == (
+        texts.agent, texts.installer, texts.unit)
 
 
-def test_user_data_carries_the_agent_and_starts_it() -> None:
-    user_data = load(render_seed(DATA)["user-data"])
-    texts = load_templates()
-    written = {item["path"]: gzip.decompress(b64decode(item["content"])) for item in user_data["write_files"]}
-    assert written == {
-        "/usr/lib/qvm/agent.py": texts.agent,
-        "/usr/lib/qvm/install-agent.sh": texts.installer,
-        "/etc/systemd/system/qvm-agent.service": texts.unit,
-    }
-    assert {item["encoding"] for item in user_data["write_files"]} == {"gz+b64"}
-    assert user_data["runcmd"] == [["sh", "/usr/lib/qvm/install-agent.sh"]]
+def test_the_network_needs_no_dhcp() -> None:
+    """A fork's card changes its MAC, and a DHCP server would give it another address than the one ports lead to."""
+    network = load(render_seed(DATA)["network-config"])["ethernets"]["qvm"]
+    assert (network["dhcp4"], network["addresses"], network["nameservers"]) == (
+        False, ["10.0.2.15/24"], {"addresses": ["1.1.1.1"]})
+    assert load(render_seed(replace(DATA, dns=()))["network-config"])["ethernets"]["qvm"]["nameservers"] == {
+        "addresses": ["10.0.2.3"]}
 
 
 def test_user_data_passes_cloud_inits_own_schema(tmp_path: Path) -> None:
