@@ -139,6 +139,28 @@ class VM:
         clone(self.profile, profile, progress=NullProgress())
         return start(profile)
 
+    def forward(self, host: int | str, guest: int | str, *, protocol: str = "tcp", save: bool = False) -> None:
+        """Have `guest` ([ADDRESS:]PORT or a socket's path in the VM) appear at `host` (likewise), once it listens.
+
+        A host port without an address is bound at loopback only. `save` keeps it in the profile file, else it holds
+        until the next start. ConfigError where the two make no rule.
+        """
+        from qvm.commands.ports import add_rules
+
+        add_rules(self.profile, [_rule(host, guest, protocol)], save=save, cwd=Path.cwd())
+
+    def unforward(self, host: int | str, guest: int | str, *, protocol: str = "tcp", save: bool = False) -> None:
+        """Take back what `forward` did; UsageError where there is no such rule."""
+        from qvm.commands.ports import remove_rules
+
+        remove_rules(self.profile, [_rule(host, guest, protocol)], save=save, cwd=Path.cwd())
+
+    def ports(self) -> list[dict[str, Any]]:
+        """What is forwarded: host, guest, protocol, state (forwarding, waiting, taken ...), reason, rule ..."""
+        from qvm.commands.ports import ports
+
+        return ports(self.profile).forwards
+
     def delete(self, *, data: bool = False) -> None:
         from qvm.commands.delete import delete
 
@@ -151,6 +173,10 @@ class VM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop(force=error is not None)
+
+
+def _rule(host: int | str, guest: int | str, protocol: str) -> str:
+    return f"{host}:{guest}{'' if protocol == 'tcp' else f'/{protocol}'}"
 
 
 class _Sink:
