@@ -31,7 +31,7 @@ from qvm.seed.render import render_seed
 from qvm.supervisor.assemble import build_seed, mac_address
 from qvm.supervisor.context import runtime_context
 from qvm.supervisor.disks import drop_unused_fork, ensure_disks, prepare_fork
-from qvm.warm.make import ensure_warm
+from qvm.warm.make import take_warm
 from qvm.warm.request import BASE, RUNTIME, build_request, warm_obstacle
 from qvm.warm.store import WarmImage, using
 
@@ -98,7 +98,7 @@ def obtain_warm(
     if reason is None:
         request = build_request(config, image, image.arch, features, record.accel, runtime, stage=stage)
         try:
-            return ensure_warm(request, progress=progress)
+            return take_warm(request, progress=progress)
         except QvmError as error:
             reason = error.message
     progress.note(f"starting cold: {reason}")

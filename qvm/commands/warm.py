@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qvm import paths
 from qvm.arch import find_arch
 from qvm.config.resolve import resolve_config
 from qvm.errors import InstanceStateError, UsageError
@@ -13,9 +14,9 @@ from qvm.image.ensure import ensure_image
 from qvm.progress import Progress
 from qvm.qemu.accel import choose_accelerator
 from qvm.qemu.probe import probe_qemu
-from qvm.runtime.stack import load_stack
+from qvm.runtime.stack import load_stack, sections_of
 from qvm.warm.make import ensure_warm
-from qvm.warm.request import BASE, RUNTIME, build_request, warm_obstacle
+from qvm.warm.request import BASE, RUNTIME, build_request, nobodys_context, warm_obstacle
 from qvm.warm.store import WarmImage, list_warm, remove_warm
 
 
@@ -30,6 +31,7 @@ def warm(flags: Mapping[str, Any], *, cwd: Path, base: bool = False, progress: P
     assert arch is not None, "validated when it was resolved"
     runtime, features = load_stack(config), probe_qemu(arch)
     image = ensure_image(config.image, arch, progress=progress)
+    runtime.prepare_host(nobodys_context(sections_of(config), arch, paths.cache_home()), progress)
     accel = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd,
                                memory=config.memory).accel
     stage = BASE if base else RUNTIME

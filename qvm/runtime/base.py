@@ -5,9 +5,9 @@ word users type after `--runtime`). It imports `qvm.runtime.*`, `qvm.errors` and
 through `Guest`; host work (downloads, contexts, configuration files) happens in `prepare_host`, `activate` and
 `deactivate`. docs/runtime-plugins.md writes one from nothing.
 
-Order of calls at a start: `prepare_host` before there is a machine; `provision` (every start, idempotent), `start`, then
-each of `checks` until it holds, then, once the host sockets and ports answer, `activate`; then `watch_ports` for as long
-as the instance runs. At a stop: `deactivate`, `stop`. At a delete: `deactivate(remove=True)`.
+Order of calls at a start: `prepare_host` before there is a machine; `provision` (every start, idempotent), `start`,
+then each of `checks` until it holds, then, once the host sockets and ports answer, `activate`; then `watch_ports` for
+as long as the instance runs. At a stop: `deactivate`, `stop`. At a delete: `deactivate(remove=True)`.
 
 A runtime that runs may be frozen with its machine, and go on in any number of others: `before_freeze` once it is ready,
 in a machine that belongs to nobody, with a blank data disk; `after_fork` instead of `provision`, `start` and `checks`
@@ -54,7 +54,9 @@ class Guest(Protocol):
         memory of the processes called `process`. Returns in how many places of that it is found; 0 without the file.
         """
 
-    async def send_file(self, source: Path, target: PurePosixPath, *, mode: int = 0o644, timeout: float = 600.0) -> None:
+    async def send_file(
+        self, source: Path, target: PurePosixPath, *, mode: int = 0o644, timeout: float = 600.0
+    ) -> None:
         """Copy a file of the host's, however large, and put it in place atomically; parents are made.
 
         Over the agent's byte streams: some 70 MiB/s under software emulation.
@@ -78,7 +80,7 @@ class HostSocket:
 
 @dataclass(frozen=True, slots=True)
 class HostPort:
-    """A guest port that the host gets at 127.0.0.1 under a number of its own, the same at each start while it is free."""
+    """A guest port that the host gets at 127.0.0.1 under a number of its own, the same at each start if it is free."""
 
     name: str
     guest_port: int
@@ -134,6 +136,8 @@ class RuntimeContext:
     """The guest's: x86_64 or aarch64."""
     primary: str = ""
     """For an add-on: the runtime under it."""
+    sole: bool = True
+    """In `after_fork`: no other machine goes on from the same state."""
     host_ports: Mapping[str, int] = field(default_factory=dict)
     """`HostPort.name` -> its number at 127.0.0.1, once it has one."""
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -162,6 +166,8 @@ class Runtime(ABC):
     runs_on: tuple[str, ...] = ()
     """An add-on names the runtimes that it can be put on top of."""
     needs: Needs = Needs()
+    single_use: bool = False
+    """It has keys in its memory that no two machines may share: a warm image with it in it is forked once."""
     sockets: tuple[HostSocket, ...] = ()
     data_folders: tuple[PurePosixPath, ...] = ()
     """Guest folders that live on the data disk and so survive `delete`."""
@@ -240,6 +246,14 @@ class Runtime(ABC):
         """What a frozen machine with this runtime in it depends on, as JSON: the name, the plugin's code, settings."""
         settings = self.warm_settings(sections.get(self.name, {}))
         return [self.name, source_digest(type(self)), sorted(settings.items())]
+
+    def primary_settings(self, primary: str) -> Mapping[str, Any]:
+        """For an add-on: settings that the runtime under it must have; the user's own are laid over them."""
+        return {}
+
+    async def reset(self, guest: Guest, context: RuntimeContext) -> None:
+        """For an add-on: back to how it is when it is new, and stopped."""
+        await self.stop(guest, context)
 
     async def before_freeze(self, guest: Guest, context: RuntimeContext) -> None:
         """The runtime answers and is about to be frozen: have the guest track the ids that no two forks may share, and

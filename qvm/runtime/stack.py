@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qvm.config.model import Config
 from qvm.errors import UsageError
 from qvm.runtime.base import Guest, HostPort, Progress, ReadyCheck, Runtime, RuntimeContext
+from qvm.runtime.checking import wait_for_checks
 from qvm.runtime.registry import load_runtime
 
 
@@ -51,12 +53,16 @@ class Stack(Runtime):
         self.commands = {word: prefix for layer in self.layers for word, prefix in layer.commands.items()}
         self.units = tuple(dict.fromkeys(unit for layer in self.layers for unit in layer.units))
         self.start_timeout = sum(layer.start_timeout for layer in self.layers)
+        self.single_use = any(layer.single_use for layer in self.layers)
 
     def parts(self, context: RuntimeContext) -> list[tuple[Runtime, RuntimeContext]]:
         """Each runtime with its context, from the bottom to the top."""
-        primary = self.layers[0].name
-        return [(layer, context.own(layer.name, addon_to=primary if number else ""))
-                for number, layer in enumerate(self.layers)]
+        primary, *addons = self.layers
+        settings: Mapping[str, Any] = context.sections.get(primary.name, {})
+        for addon in addons:
+            settings = merge_settings(addon.primary_settings(primary.name), settings)
+        below = replace(context.own(primary.name), settings=settings)
+        return [(primary, below), *((addon, context.own(addon.name, addon_to=primary.name)) for addon in addons)]
 
     def find(self, name: str) -> Runtime | None:
         return next((layer for layer in self.layers if layer.name == name), None)
@@ -66,12 +72,17 @@ class Stack(Runtime):
             layer.prepare_host(own, progress)
 
     async def provision(self, guest: Guest, context: RuntimeContext) -> None:
-        for layer, own in self.parts(context):
-            await layer.provision(guest, own)
+        primary, own = self.parts(context)[0]
+        await primary.provision(guest, own)
 
     async def start(self, guest: Guest, context: RuntimeContext) -> None:
-        for layer, own in self.parts(context):
-            await layer.start(guest, own)
+        """An add-on is provisioned, and then started, when what is under it answers."""
+        (primary, below), *addons = self.parts(context)
+        await primary.start(guest, below)
+        for addon, own in addons:
+            await wait_for_checks(primary, guest, below)
+            await addon.provision(guest, own)
+            await addon.start(guest, own)
 
     def checks(self, context: RuntimeContext) -> Sequence[ReadyCheck]:
         return tuple(_in_context(check, own) for layer, own in self.parts(context) for check in layer.checks(own))
@@ -126,6 +137,16 @@ class Stack(Runtime):
     def deactivate(self, context: RuntimeContext, *, remove: bool) -> list[str]:
         return [note for layer, own in reversed(self.parts(context))
                 for note in layer.deactivate(own, remove=remove) or ()]
+
+
+def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, mappings key by key."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = (merge_settings(under, value) if isinstance(under, Mapping) and isinstance(value, Mapping)
+                       else value)
+    return merged
 
 
 def _in_context(check: ReadyCheck, own: RuntimeContext) -> ReadyCheck:

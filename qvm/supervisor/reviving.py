@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qvm.agentbundle import agent_source
 from qvm.errors import GuestError, InstanceStateError, QvmError
@@ -107,7 +107,8 @@ class Revival:
             log.warning("the guest's agent stays another version: %s", error.message)
 
     async def _runtime(self) -> list[str]:
-        notes = await self.runtime.after_fork(self.channel, self.context) if self.state.renewed else []
+        others = replace(self.context, sole=False)  # what it was copied from, at least
+        notes = await self.runtime.after_fork(self.channel, others) if self.state.renewed else []
         if not await self._sockets_answer():
             async with asyncio.timeout(self.runtime.start_timeout):
                 await start_runtime(self.runtime, self.channel, self.context)
