@@ -7,7 +7,7 @@ What of it is measured stands with its figures in ARCHITECTURE.md.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -155,6 +155,12 @@ HOSTS = (X86_64, AARCH64)
 
 def names() -> tuple[str, ...]:
     return tuple(arch.name for arch in ALL)
+
+
+def platforms(emulators: Iterable[str]) -> list[str]:
+    """The OCI platforms that binfmt_misc entries of those names run: `linux/arm64` for `qemu-aarch64`."""
+    known = {arch.binfmt: arch.oci_platform for arch in ALL} | {"qemu-i386": "linux/386"}
+    return sorted(known[name] for name in emulators if name in known)
 
 
 def find_arch(name: str) -> Arch | None:

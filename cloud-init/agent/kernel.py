@@ -4,7 +4,16 @@ import _socket as socket
 import _struct as struct
 import os
 
-RNDADDENTROPY, RNDRESEEDCRNG = 0x40085203, 0x5207  # random(4)
+POWER = os.uname().machine.startswith("ppc")
+
+
+def ioctl_number(way, kind, number, size):
+    """As _IO, _IOW and _IOR of asm-generic/ioctl.h make it (`way` "", "w", "r"); POWER has its own asm/ioctl.h."""
+    direction = {"": 1, "r": 2, "w": 4}[way] << 29 if POWER else {"": 0, "w": 1, "r": 2}[way] << 30
+    return direction | size << 16 | ord(kind) << 8 | number
+
+
+RNDADDENTROPY, RNDRESEEDCRNG = ioctl_number("w", "R", 3, 8), ioctl_number("", "R", 7, 0)  # random(4)
 SIOCSIFHWADDR = 0x8924
 
 

@@ -3,6 +3,7 @@
 import os
 import time
 
+from .binfmt import set_emulation
 from .disks import grow_disks
 from .files import write_atomic
 from .hardware import settle_hardware
@@ -60,6 +61,9 @@ class System:
 
     def op_hardware(self, message):
         self.channel.answer_later(message["id"], lambda: settle_hardware(message["cpus"], message["memory"]))
+
+    def op_emulation(self, message):
+        self.channel.answer_later(message["id"], lambda: set_emulation(message["enabled"]))
 
     def op_shutdown(self, message):
         """Answer, then go down without waiting for anybody's leave."""

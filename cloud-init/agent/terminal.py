@@ -2,7 +2,10 @@
 
 import _struct as struct
 
-TIOCSWINSZ, TIOCSCTTY = 0x5414, 0x540E  # asm-generic/ioctls.h
+from .kernel import POWER, ioctl_number
+
+TIOCSCTTY = 0x540E  # asm-generic/ioctls.h
+TIOCSWINSZ = ioctl_number("w", "t", 103, 8) if POWER else 0x5414
 
 
 def set_window(fd, size):

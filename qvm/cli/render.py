@@ -47,6 +47,7 @@ def render_status(status: Mapping[str, Any]) -> str:
     rows += [("mount", _mount(mount)) for mount in status.get("mounts", ())]
     rows += [("socket", str(path)) for path in status.get("sockets", {}).values()]
     rows += [("port", _forward(forward)) for forward in status.get("forwards", ())]
+    rows.append(("emulates", ", ".join(status.get("binfmt") or ())))
     if status.get("state") != "running":
         waiting = status.get("requirements", {}).items()
         rows += [("waits for", f"{name} ({state})") for name, state in waiting if state != "done"]

@@ -69,6 +69,8 @@ class Config:
     """auto, user, ssh or none."""
     activate: bool = True
     """Whether start switches the docker context (and others a runtime has) to this instance."""
+    binfmt: bool = True
+    """Whether programs and containers of other architectures run in the guest, emulated."""
     kubernetes: bool = False
     kubernetes_version: str = ""
     """A release or a channel of k3s; "": the one this qvm was made with."""

@@ -232,6 +232,11 @@ SETTINGS: tuple[Setting, ...] = (
         default=lambda context: True, default_text="true",
     ),
     Setting(
+        "binfmt", "binfmt", Switch(), ("--binfmt/--no-binfmt",), "",
+        "run programs and containers of other architectures, emulated", "",
+        default=lambda context: True, default_text="true",
+    ),
+    Setting(
         "kubernetes", "kubernetes", Switch(), ("-k", "--kubernetes/--no-kubernetes"), "",
         "Kubernetes (k3s) on top of docker or containerd", "",
         default=lambda context: False, default_text="false",

@@ -215,6 +215,11 @@ class AgentChannel(AgentWire):
         answer = await self.request("hardware", cpus=cpus, memory=memory_bytes, timeout=timeout)
         return Hardware(int(answer["cpus"]), int(answer["memory"]), bool(answer["complete"]))
 
+    async def set_emulation(self, *, enabled: bool, timeout: float = 60.0) -> tuple[str, ...]:
+        """Switch the guest's emulators for programs of other architectures on or off; returns the names of those that
+        are on (`qvm.arch.Arch.binfmt`). Waits for their registration, which is the last thing at a boot."""
+        return tuple((await self.request("emulation", enabled=enabled, timeout=timeout))["emulators"])
+
     async def find_mount_users(
         self, targets: Sequence[str | PurePosixPath], *, timeout: float = 60.0
     ) -> tuple[MountUser, ...]:

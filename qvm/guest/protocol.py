@@ -34,6 +34,7 @@ Host to guest, `{"id": N, "op": ...}`; the guest answers `{"id": N, "ok": true, 
     track       name, file, process             -> found: places in memory of an id that each fork shall have anew
     grow                                        -> grown [mount points]
     hardware    cpus, memory (bytes)            -> cpus, memory, complete; waits for what was plugged in
+    emulation   enabled                         -> emulators [names in binfmt_misc that are on]
     mount_users targets                         -> users [{pid, comm, target, how, container}]
     listeners                                   -> tcp, udp, as in the event, which is sent from now on
     streams     marker (base64)                 the stream port starts anew where these bytes come by

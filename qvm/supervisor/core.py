@@ -34,6 +34,7 @@ from qvm.runtime.stack import Stack, load_stack
 from qvm.supervisor.bus import Bus
 from qvm.supervisor.context import runtime_context
 from qvm.supervisor.disks import undo_fork
+from qvm.supervisor.emulation import Emulation
 from qvm.supervisor.forking import Fork
 from qvm.supervisor.freezing import Machine, take_up
 from qvm.supervisor.launching import Launched, boot, connect_monitor, fork, revive
@@ -74,6 +75,7 @@ class Supervisor:
         self._life: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[str] | None = None
         self._growing: asyncio.Task[None] | None = None
+        self.emulation = Emulation(enabled=self.record.config.binfmt)
         self.finished = asyncio.Event()
 
     def begin(self) -> None:
@@ -214,6 +216,7 @@ class Supervisor:
         if self._growing is not None:
             self._growing.cancel()
             await asyncio.gather(self._growing, return_exceptions=True)
+        self.emulation.end()
         for hold in (self.publishing, self.link, self.monitor):
             if hold is not None:
                 await hold.close()
@@ -260,6 +263,7 @@ class Supervisor:
         self.run = replace(self.run, runtime_version=version, ready=True)
         save_run(self.profile, self.run)
         self.phase = "running"
+        self.emulation.begin(link.channel)
         self.bus.publish("ready")
         log.info("ready")
 
@@ -269,6 +273,7 @@ class Supervisor:
         await link.channel.wait_for_seed()
         await self.runtime.provision(link.channel, self.context)
         await self.runtime.start(link.channel, self.context)
+        self.emulation.begin(link.channel)
         self.bus.publish("note", text="the guest started anew")
 
     async def _unless_qemu_ends(self, work: Awaitable[T]) -> T:
@@ -382,4 +387,5 @@ class Supervisor:
             "forward_events": self.link.forward_events() if self.link else [],
             "sockets": self.link.sockets() if self.link else {},
             "ports": self.publishing.ports() if self.publishing else {},
+            "binfmt": self.emulation.platforms,
         }
