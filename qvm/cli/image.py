@@ -118,13 +118,17 @@ def prune(invocation: Invocation, /) -> None:
 
 @image.command(epilog="Example: qvm image warm --runtime docker")
 @common_options(name=False)
-@some_setting_options("image", "arch", "runtime", "accel", "cpus", "memory", "disk")
+@some_setting_options("image", "arch", "runtime", "accel", "cpus", "memory", "disk",
+                      "kubernetes", "kubernetes_version", "k3s_args")
+@click.option("--count", type=click.IntRange(1, 20), default=1, metavar="N",
+              help="How many to have in stock, of those that serve one VM each (with Kubernetes). [1]")
 @click.option("--base", is_flag=True, help="The stage before the runtime starts, for data disks that exist.")
 @click.option("-l", "--list", "listing", is_flag=True, help="List the warm images there are.")
 @click.option("--rm", "removing", is_flag=True, help="Remove those of the given KEYs; without one, all not in use.")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 def warm(
-    invocation: Invocation, /, *, base: bool, listing: bool, removing: bool, keys: tuple[str, ...], **options: Any
+    invocation: Invocation, /, *, base: bool, count: int, listing: bool, removing: bool, keys: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Make the warm image that new VMs of these settings start from in a second; list or remove them.
 
@@ -144,5 +148,5 @@ def warm(
         emit(invocation, warming.remove(list(keys)), render.render_warm_removed, essential=False)
     else:
         with invocation.progress() as progress:
-            made = warming.warm(flags, cwd=working_directory(), base=base, progress=progress)
+            made = warming.warm(flags, cwd=working_directory(), base=base, count=count, progress=progress)
         emit(invocation, made, render.render_warm_image, essential=False)

@@ -29,6 +29,8 @@ VERBS = {
     "ssh-config": Verb("qvm.cli.guest", "ssh_config", "Print a block for ~/.ssh/config."),
     "nerdctl": Verb("qvm.cli.guest", "nerdctl", "Run nerdctl in a VM.", ("n",)),
     "ports": Verb("qvm.cli.ports", "ports", "Show, add and remove forwarded ports."),
+    "kubernetes": Verb("qvm.cli.kubernetes", "kubernetes", "Start, stop, reset or delete Kubernetes in a VM.",
+                       ("k8s", "kube", "k3s")),
     "image": Verb("qvm.cli.image", "image", "List, build, fetch and remove images."),
     "logs": Verb("qvm.cli.show", "logs", "Show a VM's logs."),
     "doctor": Verb("qvm.cli.show", "doctor", "Check what this host has and lacks."),

@@ -20,9 +20,12 @@ from qvm.warm.request import BASE, RUNTIME, build_request, nobodys_context, warm
 from qvm.warm.store import WarmImage, list_warm, remove_warm
 
 
-def warm(flags: Mapping[str, Any], *, cwd: Path, base: bool = False, progress: Progress) -> dict[str, Any]:
+def warm(
+    flags: Mapping[str, Any], *, cwd: Path, base: bool = False, count: int = 1, progress: Progress
+) -> dict[str, Any]:
     """Have the warm image that a new profile of these settings would fork; what it is, described.
 
+    `count`: how many to have in stock of those that serve one VM each (`qvm.runtime.base.Runtime.single_use`).
     `base`: the stage that a profile whose data disk outlived a delete begins on. UsageError where the settings allow
     no warm image.
     """
@@ -39,7 +42,7 @@ def warm(flags: Mapping[str, Any], *, cwd: Path, base: bool = False, progress: P
     if reason is not None:
         raise UsageError(f"no warm image: {reason}")
     return ensure_warm(
-        build_request(config, image, arch, features, accel, runtime, stage=stage), progress=progress
+        build_request(config, image, arch, features, accel, runtime, stage=stage), count=count, progress=progress
     ).describe()
 
 

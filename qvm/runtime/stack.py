@@ -64,6 +64,10 @@ class Stack(Runtime):
         below = replace(context.own(primary.name), settings=settings)
         return [(primary, below), *((addon, context.own(addon.name, addon_to=primary.name)) for addon in addons)]
 
+    def without(self, name: str) -> Stack:
+        primary, *addons = self.layers
+        return Stack(primary, [addon for addon in addons if addon.name != name])
+
     def find(self, name: str) -> Runtime | None:
         return next((layer for layer in self.layers if layer.name == name), None)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from qvm import log as qvm_log
 from qvm.filenames import Files
+from qvm.supervisor.addons import addon_handlers
 from qvm.supervisor.control import Handler, Send, serve_control
 from qvm.supervisor.core import Supervisor
 from qvm.supervisor.execute import execute
@@ -52,7 +53,7 @@ def handlers(supervisor: Supervisor) -> dict[str, Handler]:
         return await execute(supervisor.require_link().channel, request, send)
 
     return {"status": status, "watch": watch, "follow": follow, "stop": stop, "exec": run,
-            **port_handlers(supervisor), **saving_handlers(supervisor)}
+            **port_handlers(supervisor), **saving_handlers(supervisor), **addon_handlers(supervisor)}
 
 
 async def supervise(profile: str) -> None:

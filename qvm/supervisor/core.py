@@ -259,13 +259,17 @@ class Supervisor:
         await self.publishing.open(lambda note: self.bus.publish("note", text=note), switch=self.record.config.activate)
         if version is None:
             version = await self.runtime.version(link.channel, self.context)
-        assert self.run is not None
-        self.run = replace(self.run, runtime_version=version, ready=True)
-        save_run(self.profile, self.run)
+        self.note_version(version)
         self.phase = "running"
         self.emulation.begin(link.channel)
         self.bus.publish("ready")
         log.info("ready")
+
+    def note_version(self, version: str) -> None:
+        """Every requirement holds, of a runtime of that version."""
+        assert self.run is not None
+        self.run = replace(self.run, runtime_version=version, ready=True)
+        save_run(self.profile, self.run)
 
     async def _serve_again(self) -> None:
         """The guest rebooted or its agent crashed: what is not enabled at its boot is started once more."""

@@ -34,6 +34,18 @@ class Publishing:
     async def open(self, tell: Callable[[str], None], *, switch: bool) -> None:
         """Open sockets and ports, then publish contexts (the current ones where `switch`). PortTakenError."""
         await self._link.open_sockets(self.runtime.sockets)
+        await self._publish(tell, switch=switch)
+
+    async def renew(
+        self, runtime: Stack, context: RuntimeContext, tell: Callable[[str], None], *, switch: bool
+    ) -> None:
+        """Publish what there is now: an add-on has come, gone, or has another identity."""
+        await self.close()
+        self._link.set_extra_listeners([])
+        self.runtime, self.context = runtime, context
+        await self._publish(tell, switch=switch)
+
+    async def _publish(self, tell: Callable[[str], None], *, switch: bool) -> None:
         self._open_ports()
         for note in await asyncio.to_thread(self.runtime.activate, self.context, switch=switch) or ():
             tell(note)

@@ -33,7 +33,7 @@ from qvm.seed.iso import write_iso
 from qvm.seed.render import render_seed
 from qvm.units import GiB
 from qvm.warm.request import DATA_SIZE, RUNTIME, WarmRequest, build_warm_spec, nobodys_context, warm_key
-from qvm.warm.store import MANIFEST, WarmImage, find_warm, load_warm, lock_path, prune_warm, spend, sweep, warm_dir
+from qvm.warm.store import MANIFEST, WarmImage, find_fresh, load_warm, lock_path, prune_warm, spend, sweep, warm_dir
 
 BOOT_TIMEOUT = 300.0
 """Seconds until the agent answers; generous, for software emulation on a busy host."""
@@ -50,39 +50,43 @@ command -v cloud-init >/dev/null && exec cloud-init status --wait
 Tell = Callable[[str, str, float], None]
 
 
-def ensure_warm(request: WarmRequest, *, progress: Progress) -> WarmImage:
+def ensure_warm(request: WarmRequest, *, count: int = 1, progress: Progress) -> WarmImage:
     """The warm image of `request`, made first where there is none (once: others wait for the maker, then use it).
+
+    Of those for single use there are `count` in stock then.
 
     Raises QvmError where the machine does not come up; nothing is left then. A maker that is killed takes its machine
     with it. Must be called from the main thread.
     """
     key = warm_key(request)
-    warm = find_warm(key)
-    if warm is not None:
-        return warm
+    wanted = count if request.single_use else 1
+    if len(fresh := find_fresh(key)) >= wanted:
+        return fresh[0]
     with lock(lock_path(key), what=f"the warm image {request.title}", on_wait=progress.note):
-        warm = find_warm(key)
-        if warm is not None:
-            return warm
-        progress.note(f"no warm image of {request.title} yet: booting it once and freezing it")
-        sweep(key)
-        name = f"{key}-{secrets.token_hex(4)}"
-        folder = paths.ensure_private_dir(warm_dir() / f".{name}")
-        try:
-            maker = _Maker(request, folder, progress.milestone)
-            request.runtime.prepare_host(maker.context(), progress)
-            asyncio.run(maker.make())
-            final = warm_dir() / name
-            folder.rename(final)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        warm = load_warm(final)
-        if warm is None:
-            raise QvmError("the warm image vanished as soon as it was made", hint="this is a defect in qvm")
-    spawn_detached([sys.executable, "-m", "qvm.warm.settle", str(warm.folder)], log=warm.folder / "settle.log")
+        while len(fresh := find_fresh(key)) < wanted:
+            _make(request, key, progress)
     for old in prune_warm(keep=key):
         progress.note(f"removed the warm image {old.title}, the one used longest ago")
-    return warm
+    return fresh[0]
+
+
+def _make(request: WarmRequest, key: str, progress: Progress) -> None:
+    """Make one; the key's lock is held."""
+    progress.note(f"no warm image of {request.title} yet: booting it once and freezing it")
+    sweep(key)
+    name = f"{key}-{secrets.token_hex(4)}"
+    folder = paths.ensure_private_dir(warm_dir() / f".{name}")
+    try:
+        maker = _Maker(request, folder, progress.milestone)
+        request.runtime.prepare_host(maker.context(), progress)
+        asyncio.run(maker.make())
+        final = warm_dir() / name
+        folder.rename(final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if load_warm(final) is None:
+        raise QvmError("the warm image vanished as soon as it was made", hint="this is a defect in qvm")
+    spawn_detached([sys.executable, "-m", "qvm.warm.settle", str(final)], log=final / "settle.log")
 
 
 def take_warm(request: WarmRequest, *, progress: Progress) -> WarmImage:

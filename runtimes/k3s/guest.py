@@ -15,7 +15,7 @@ NODE = "qvm"
 """The same in every VM: a fork has another host name than the machine in which its node came up."""
 API_PORT = 6443
 BINARY = PurePosixPath("/usr/local/bin/k3s")
-STAMP = PurePosixPath("/var/lib/qvm/k3s")
+STAMP = PurePosixPath("/usr/local/lib/qvm/k3s")
 """Digest of the binary that is there, and its version."""
 UNIT = PurePosixPath("/etc/systemd/system/k3s.service")
 KUBECONFIG = PurePosixPath("/etc/rancher/k3s/k3s.yaml")
