@@ -180,11 +180,17 @@ def _mount(mount: Mapping[str, Any]) -> str:
 
 
 def _forward(forward: Mapping[str, Any]) -> str:
-    """"127.0.0.1:8080", with what keeps it from working."""
+    """"127.0.0.1:8080", where that is not said by it what it leads to, and what keeps it from working."""
+    host, guest = str(forward["host"]), str(forward.get("guest", ""))
+    text = host + ("/udp" if forward.get("protocol") == "udp" else "")
+    if forward.get("path") == "reverse":
+        text = f"{guest} in the VM leads to {host}"
+    elif guest.rpartition(":")[2] != host.rpartition(":")[2]:
+        text += f" leads to {guest}"
     if forward["state"] == "forwarding":
-        return str(forward["host"])
+        return text
     reason = f": {forward['reason']}" if forward.get("reason") else ""
-    return f"{forward['host']} ({forward['state']}{reason})"
+    return f"{text} ({forward['state']}{reason})"
 
 
 def render_removed(removed: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qvm.config.context import Context, RejectedError
-from qvm.config.ports import PortForward, parse_rule, validate_rules
+from qvm.config.ports import PortForward, find_earlier, parse_rule, validate_rules
 from qvm.config.save import save_setting
 from qvm.errors import ConfigError, InstanceStateError, UsageError
 from qvm.filenames import Files
@@ -118,9 +118,14 @@ def _texts(record: Record) -> list[str]:
 def _with_waiting(record: Record, forwards: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The forwards, and a row for each rule that has none because nothing listens."""
     served = {entry.get("rule") for entry in forwards}
-    waiting = [
-        {"protocol": rule.protocol, "guest": str(rule.guest), "host": str(rule.host), "port": None, "state": "waiting",
-         "reason": "nothing listens there in the VM", "path": None, "rule": str(rule)}
-        for rule in record.config.port_forwards if rule.host is not None and str(rule) not in served
-    ]  # fmt: skip
+    rules = record.config.port_forwards
+    waiting = []
+    for rule in rules:
+        if rule.host is not None and str(rule) not in served:
+            earlier = find_earlier(rules, rule)
+            reason = f"{earlier} comes first" if earlier is not None else "nothing listens there in the VM"
+            waiting.append({
+                "protocol": rule.protocol, "guest": str(rule.guest), "host": str(rule.host), "port": None,
+                "state": "waiting", "reason": reason, "path": None, "rule": str(rule),
+            })  # fmt: skip
     return [*forwards, *waiting]

@@ -293,6 +293,21 @@ def _one_end(raw: object, context: Context, *, host: bool) -> Endpoint:
     return _host(ends[0], context) if host else _guest(ends[0])
 
 
+def find_earlier(rules: Sequence[PortForward], rule: PortForward) -> PortForward | None:
+    """The rule before `rule` that takes all its listeners."""
+    for other in rules:
+        if other == rule:
+            return None
+        if rule.reverse or other.reverse or other.protocol not in (rule.protocol, "any"):
+            continue
+        a, b = other.guest, rule.guest
+        if isinstance(a, Ports) and isinstance(b, Ports) and a.address in (None, b.address) and (
+            a.first <= b.first and b.last <= a.last
+        ):
+            return other
+    return None
+
+
 def validate_rules(value: Sequence[PortForward], context: Context) -> list[Problem]:
     """What is wrong with rules that can be read."""
     problems = []

@@ -93,7 +93,7 @@ def plan(
     """
     found: dict[tuple[int, str, int], list[str]] = {}
     for listener in listeners:
-        if listener.protocol == "tcp" and listener.port in ignore:
+        if listener.protocol == "tcp" and (listener.port in ignore or any(_is_ours(rule, listener) for rule in rules)):
             continue
         number = next((n for n, rule in enumerate(rules) if _matches(rule, listener)), len(rules))
         if number < len(rules) and rules[number].host is None:
@@ -129,6 +129,12 @@ def _matches(rule: PortForward, listener: Listener) -> bool:
     if wanted.is_unspecified:
         return at.is_unspecified
     return wanted == at or (at.is_unspecified and (at.version == wanted.version or at.version == 6))
+
+
+def _is_ours(rule: PortForward, listener: Listener) -> bool:
+    """Whether the agent listens there for a forward to the host."""
+    guest = rule.guest
+    return rule.reverse and isinstance(guest, Ports) and guest.first <= listener.port <= guest.last
 
 
 def _is_of_interest(listener: Listener) -> bool:

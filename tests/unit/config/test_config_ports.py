@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qvm.config.context import Context, RejectedError
-from qvm.config.ports import Forwards, PortForward, Ports, SocketPath, parse_rule, validate_rules
+from qvm.config.ports import Forwards, PortForward, Ports, SocketPath, find_earlier, parse_rule, validate_rules
 from qvm.config.resolve import resolve_config
 from qvm.errors import ConfigError
 
@@ -93,6 +93,13 @@ def test_rules_that_want_the_same_end_are_refused() -> None:
     assert problems("reverse:80:8080", "reverse:81:8080") == 1
     assert problems("8080:80", "ignore:80") == 0
     assert problems("/nowhere/a.sock:80") == 1
+
+
+def test_a_rule_behind_one_that_takes_all_it_could() -> None:
+    texts = ("ignore:90-99", "8080:80", "8081:80", "8082:127.0.0.1:80", "8095:95/udp", "96:96")
+    rules = [parse_rule(text) for text in texts]
+    assert [str(find_earlier(rules, rule)) for rule in rules] == [
+        "None", "None", "8080:80", "8080:80", "ignore:90-99", "ignore:90-99"]
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def planned(
         ("", ("2375:/run/docker.sock",), ["tcp 2375 <- /run/docker.sock [/run/docker.sock] tunnel"]),
         ("", ("/tmp/a.sock:/run/docker.sock", "reverse:80:80", "8080:80"),
          ["tcp /tmp/a.sock <- /run/docker.sock [/run/docker.sock] tunnel"]),
+        ("tcp/127.0.0.1:80 tcp/127.0.0.1:81", ("reverse:80:80",), ["tcp 81 <- 127.0.0.1:81 [127.0.0.1] tunnel"]),
         # Two that want one end: the rule, or the first.
         ("tcp/0.0.0.0:80 tcp/0.0.0.0:8080", ("8080:80",),
          ["tcp 8080 <- 0.0.0.0:80 [127.0.0.1] tunnel",
