@@ -4,6 +4,7 @@
     _instances/<profile>/snapshots/<name>/   likewise, but kept
         manifest.json                        written last but `synced`; a folder without one is no state
         ram  dimm-<id>.ram  devices          absent where the machine was off: then only the disks are remembered
+        ram.changes ...                      what differs, where RAM is only a link to the file it began with
         synced                               everything above has reached the disk
 
 A state is made in a folder beside its own (`.<name>.partial`) and renamed. Half a gigabyte takes seconds to reach the
@@ -15,6 +16,7 @@ been written to since is never used.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -37,6 +39,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 def dimm_file(name: str) -> str:
     return f"dimm-{name}.ram"
+
+
+def changes_file(ram: Path) -> Path:
+    """What differs from the RAM file `ram`, where it is not the whole truth; see `qvm.qemu.ramchanges`."""
+    return ram.with_name(ram.name + ".changes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +176,34 @@ def consume_state(folder: Path) -> None:
     paths.sync(folder)
 
 
+def keep_memory(folder: Path) -> None:
+    """Leave of a state that was consumed the RAM files alone: the machine that has them mapped may be saved again, and
+    then they are linked, which a file without a name could not be."""
+    for entry in folder.iterdir():
+        if entry.name != RAM and not entry.name.endswith(f".{RAM}"):
+            entry.unlink()
+
+
+def discard_remains(folder: Path) -> None:
+    """Remove what is no state (any more), and nothing that somebody else puts in its place meanwhile."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        names = os.listdir(fd)
+        if MANIFEST in names:
+            return
+        for name in names:
+            os.unlink(name, dir_fd=fd)
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # somebody else is at it
+            raise
+    finally:
+        os.close(fd)
+
+
 def discard_state(folder: Path) -> None:
     """Remove a state; a machine that has mapped its RAM keeps it. Interrupted, it leaves no state."""
     if folder.is_dir():
@@ -211,8 +246,9 @@ def list_snapshots(profile: str) -> list[SavedState]:
 
 
 def state_size(folder: Path) -> int:
-    """Bytes on disk."""
-    return sum(entry.stat().st_blocks * 512 for entry in folder.iterdir() if entry.is_file())
+    """Bytes on disk; RAM that is only linked counts for whoever made it."""
+    files = [entry for entry in folder.iterdir() if entry.is_file() and not changes_file(entry).exists()]
+    return sum(entry.stat().st_blocks * 512 for entry in files)
 
 
 def used_layers(profile: str, disk: str) -> list[str]:

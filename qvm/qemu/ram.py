@@ -2,9 +2,10 @@
 
 RAM is either a private mapping of a file (a machine that began at a frozen state) or anonymous memory (one that was
 booted). What a private mapping has changed are its anonymous pages, and the kernel tells which those are:
-/proc/PID/pagemap, 8 bytes a page (Linux, Documentation/admin-guide/mm/pagemap.rst). So a saved RAM file is a sparse
-copy of the file the machine began with, made while it still runs, plus the changed pages, written while it is
-paused. QEMU's own `migrate` instead reads every page of RAM, holes too: seconds for an idle guest.
+/proc/PID/pagemap, 8 bytes a page (Linux, Documentation/admin-guide/mm/pagemap.rst). Few changes are saved by
+themselves (`qvm.qemu.ramchanges`); with many, and of anonymous memory, the saved RAM file is a sparse copy of the file
+the machine began with, made while it still runs, plus the changed pages, written while it is paused. QEMU's own
+`migrate` instead reads every page of RAM, holes too: seconds for an idle guest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import fcntl
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ _FICLONE = 0x40049409
 _NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 _NO_COPY_RANGE = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP)
 _COPY_STEP = 64 * MiB
-_READ_STEP = 4 * MiB
+READ_STEP = 4 * MiB
 _GRAIN = 64 * KiB
 """What is all zeros in pieces of this many bytes becomes a hole."""
 _ZEROS = bytes(_GRAIN)
@@ -62,7 +63,7 @@ def copy_sparse(source: Path, target: Path) -> None:
                 for start, end in data_extents(reading.fileno()):
                     _copy_range(reading.fileno(), fd, start, end)
         except OSError as error:
-            raise _explain(error, target) from error
+            raise explain_error(error, target) from error
         finally:
             os.close(fd)
 
@@ -109,7 +110,7 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
             break
         start += copied
     while start < end:
-        data = os.pread(source, min(end - start, _READ_STEP), start)
+        data = os.pread(source, min(end - start, READ_STEP), start)
         if not data:
             return
         write_sparse(target, data, start, over=False)
@@ -178,46 +179,56 @@ def save_changed(pid: int, start: int, size: int, into: Path) -> int:
         os.truncate(target, size)
         return _save_changed(pid, start, size, target)
     except OSError as error:
-        raise _explain(error, into) from error
+        raise explain_error(error, into) from error
     finally:
         os.close(target)
 
 
 def _save_changed(pid: int, start: int, size: int, target: int) -> int:
-    page = os.sysconf("SC_PAGE_SIZE")
     total = 0
-    with _Reader(pid) as reader, Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
+    with Reader(pid) as reader:
+        for begin, end in find_changed(pid, start, size):
+            _save_run(reader, start, begin, end, target)
+            total += end - begin
+    return total
+
+
+def find_changed(pid: int, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """What process `pid` has changed of its mapping of `size` bytes at address `start`: (begin, end) in bytes.
+
+    QemuError where the process has no memory there.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
         for first in range(0, size // page, _PAGES_AT_ONCE):
             wanted = min(_PAGES_AT_ONCE, size // page - first) * _ENTRY
             entries = os.pread(pagemap.fileno(), wanted, (start // page + first) * _ENTRY)
             if len(entries) != wanted:
                 raise QemuError(f"process {pid} has no memory at {start:#x}")
-            for begin, end in changed_runs(entries):
-                _save_run(reader, start, (first + begin) * page, (first + end) * page, target)
-                total += (end - begin) * page
-    return total
+            yield from (((first + begin) * page, (first + end) * page) for begin, end in changed_runs(entries))
 
 
-def _save_run(reader: _Reader, start: int, begin: int, end: int, target: int) -> None:
+def _save_run(reader: Reader, start: int, begin: int, end: int, target: int) -> None:
     offset = begin
     while offset < end:
         # Pieces end at whole grains of the file, so that zeros become holes wherever a run begins.
-        data = reader.read(start + offset, min(end - offset, _READ_STEP - offset % _GRAIN))
+        data = reader.read(start + offset, min(end - offset, READ_STEP - offset % _GRAIN))
         write_sparse(target, data, offset, over=True)
         offset += len(data)
 
 
-class _Reader:
+class Reader:
     """Reads another process's memory into one buffer, again and again: fresh memory costs more than what is read."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
-        self._buffer = bytearray(_READ_STEP)
+        from qvm.qemu.vmcopy import find_reader
+
+        self._buffer = bytearray(READ_STEP)
         self._view = memoryview(self._buffer)
         self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        self._copy = _find_readv(pid, self._buffer)
+        self._copy = find_reader(pid, self._buffer)
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,34 +236,28 @@ class _Reader:
 
     def read(self, address: int, size: int) -> memoryview:
         """At most `size` bytes, at least one; they stay only until the next call. OSError, QemuError."""
-        count = self._copy(address, size) if self._copy is not None else -1
+        size = min(size, READ_STEP)
+        count = self._copy([(address, size)]) if self._copy is not None else -1
         if count <= 0:  # it was refused, or stopped at a hole
             count = os.preadv(self._memory, [self._view[:size]], address)
         if count <= 0:
             raise QemuError(f"memory at {address:#x} cannot be read")
         return self._view[:count]
 
-
-def _find_readv(pid: int, buffer: bytearray) -> Callable[[int, int], int] | None:
-    """process_vm_readv(2) into `buffer`, several times as fast as /proc/PID/mem; None where the C library lacks it."""
-    import ctypes
-
-    class Piece(ctypes.Structure):
-        _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-    try:
-        function = ctypes.CDLL(None).process_vm_readv
-    except AttributeError:
-        return None
-    function.restype = ctypes.c_ssize_t
-    function.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong)
-    here = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-    def copy(address: int, size: int) -> int:
-        ours, theirs = Piece(here, size), Piece(address, size)
-        return int(function(pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0))
-
-    return copy
+    def gather(self, pieces: Sequence[tuple[int, int]]) -> memoryview:
+        """All of these (address, size), at most READ_STEP bytes and `vmcopy.PIECES_AT_ONCE` pieces, one behind another;
+        they stay only until the next call. OSError, QemuError."""
+        wanted = sum(size for _, size in pieces)
+        if self._copy is not None and self._copy(pieces) == wanted:
+            return self._view[:wanted]
+        at = 0
+        for address, size in pieces:
+            while size > 0:
+                count = os.preadv(self._memory, [self._view[at : at + size]], address)
+                if count <= 0:
+                    raise QemuError(f"memory at {address:#x} cannot be read")
+                at, address, size = at + count, address + count, size - count
+        return self._view[:wanted]
 
 
 def write_sparse(target: int, data: bytes | memoryview, offset: int, *, over: bool) -> None:
@@ -289,7 +294,7 @@ def _has_data(fd: int, start: int, end: int) -> bool:
         return True
 
 
-def _explain(error: OSError, path: Path) -> QemuError | NoSpaceError:
+def explain_error(error: OSError, path: Path) -> QemuError | NoSpaceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpaceError(f"the disk is full: {path} cannot be written", hint="free some space")
     return QemuError(f"RAM cannot be saved into {path}: {error.strerror}")

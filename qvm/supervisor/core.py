@@ -23,7 +23,7 @@ from qvm.guest.requirements import wait_until_ready
 from qvm.guest.ssh import SshTarget
 from qvm.image.store import Image, load_image
 from qvm.instance.record import Record, Run
-from qvm.instance.states import discard_state
+from qvm.instance.states import discard_remains, discard_state, keep_memory
 from qvm.instance.store import clear_run, find_run, load_record, save_run
 from qvm.log import get_logger
 from qvm.logtail import tail_of
@@ -118,6 +118,7 @@ class Supervisor:
         clear_run(self.profile)
         if await self._revive():
             return
+        await asyncio.to_thread(discard_remains, self.files.suspended)
         plan = find_plan(self.files.fork_plan)
         if plan is not None and await self._fork(plan):
             return
@@ -182,8 +183,7 @@ class Supervisor:
             await self._give_up_restored(f"the saved state could not be used ({explain(error)}): starting cold", error)
             await asyncio.to_thread(discard_state, self.files.suspended)
             return False
-        # QEMU has its RAM mapped: it stays for as long as QEMU does.
-        await asyncio.to_thread(discard_state, self.files.suspended)
+        await asyncio.to_thread(keep_memory, self.files.suspended)
         for note in notes:
             self.bus.publish("note", text=note)
         await self._publish_ready(state.runtime_version)
@@ -243,16 +243,16 @@ class Supervisor:
         parts = ReadyParts(self.record, link.channel, self.runtime, self.context, self.run.ssh_port,
                            self.files.serial_log, foreign=self.image.is_foreign)
         wanted = build_requirements(parts, agent=said_hello)
+        watching = asyncio.create_task(watch_boot(self.files.serial_log, self._on_phase, wanted=parts.foreign))
         self.requirements = {requirement.name: "waiting" for requirement in wanted}
         try:
             await self._unless_qemu_ends(wait_until_ready(wanted, self._on_requirement))
-        watching = asyncio.create_task(watch_boot(self.files.serial_log, self._on_phase, wanted=parts.foreign))
         finally:
             said_hello.cancel()
+            watching.cancel()
         await self._publish_ready(None)
 
     async def _publish_ready(self, version: str | None) -> None:
-            watching.cancel()
         """Open to the host what is open to it, and say so. `version`: the runtime's, where it is known."""
         link = self.require_link()
         self.publishing = Publishing(self.files, self.runtime, self.context, link)
@@ -291,14 +291,14 @@ class Supervisor:
         self.requirements[name] = state
         self.bus.publish("requirement", name=name, state=state, seconds=seconds)
 
+    def _on_phase(self, name: str, state: str, seconds: float) -> None:
+        self.bus.publish("requirement", name=name, state=state, seconds=seconds)
+
     async def _fail(self, error: Exception) -> None:
         log.error("failed", exc_info=error)
         known = error if isinstance(error, QvmError) else QvmError(
             f"the supervisor failed: {error!r}", hint="this is a defect in qvm", log_path=self.files.supervisor_log
         )
-    def _on_phase(self, name: str, state: str, seconds: float) -> None:
-        self.bus.publish("requirement", name=name, state=state, seconds=seconds)
-
         self.phase = "failed"
         await self._end_qemu(force=True)
         await self._ended("failed", error=with_serial(known, self.files.serial_log))
@@ -358,6 +358,7 @@ class Supervisor:
         """QEMU has gone: put the host back as it was, tell the watchers, and let the process end."""
         await self._let_go()
         await asyncio.to_thread(self.runtime.deactivate, self.context, remove=False)
+        await asyncio.to_thread(discard_remains, self.files.suspended)
         clear_run(self.profile)
         if error is not None:
             self.bus.publish("failed", error=error.to_dict())

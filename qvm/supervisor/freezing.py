@@ -1,7 +1,7 @@
 """Save a machine that runs: to end it and go on later, or to have a copy of that moment while it runs on.
 
-    held by nobody? -> mounts off -> sync  ┐
-    what RAM began with is copied          ┴> pause -> devices, changed RAM [-> layers] -> go on, or end -> state sealed
+    held by nobody? -> mounts off -> sync   ┐
+    what RAM began with is linked or copied ┴> pause -> devices, changed RAM [-> layers] -> go on or end -> state sealed
 
 9p cannot be saved while it is mounted, so the mounts go first, and come again. What the guest has in memory and on its
 disks belongs to one moment: the one it is paused in.
@@ -37,6 +37,7 @@ from qvm.qemu.hostinfo import read_boot_id
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe import probe_qemu
 from qvm.qemu.ram import can_read_memory, copy_sparse, save_changed
+from qvm.qemu.ramchanges import SPAN_LIMIT, count_changed, link_open_file, save_changes
 from qvm.qemu.shape import Block, RunningShape, host_address, open_file_of, read_shape, save_stream
 from qvm.qemu.state import save_devices
 from qvm.supervisor.assemble import build_spec
@@ -80,6 +81,9 @@ class Freezer:
         self.name = name
         self.report = Frozen()
         self._partial = folder
+        self._addresses: dict[str, int] = {}
+        self._linked: set[str] = set()
+        """Ids of the blocks whose file is the very one they began with."""
         self._state: SavedState | None = None
 
     async def snapshot(self, disks: dict[str, LayeredDisk], *, sync: bool = True) -> SavedState:
@@ -147,7 +151,8 @@ class Freezer:
         try:
             async with without_mounts(machine.channel, config.mounts):
                 self._mark("mounts")
-                copying = asyncio.create_task(asyncio.to_thread(self._copy_bases, shape))
+                self._addresses = {block.id: await host_address(machine.monitor, block) for block in shape.blocks}
+                copying = asyncio.create_task(asyncio.to_thread(self._bring_bases, shape))
                 try:
                     if sync:
                         await machine.channel.exec(["sync"], timeout=SYNC_TIMEOUT)
@@ -161,11 +166,18 @@ class Freezer:
             raise
         self._mark("remount")
 
-    def _copy_bases(self, shape: RunningShape) -> None:
-        """Blocks of RAM that began as a file begin as a copy of it."""
+    def _bring_bases(self, shape: RunningShape) -> None:
+        """Blocks of RAM that began as a file begin as that file where little has changed, else as a copy of it."""
+        pid = self.machine.run.qemu.pid
         for block in shape.blocks if self.report.streamed is None else ():
-            if block.file is not None:
-                copy_sparse(open_file_of(self.machine.run.qemu.pid, block.file), self._file_for(block))
+            if block.file is None:
+                continue
+            source, target = open_file_of(pid, block.file), self._file_for(block)
+            few = count_changed(pid, self._addresses[block.id], block.size) <= SPAN_LIMIT
+            if few and link_open_file(source, target):
+                self._linked.add(block.id)
+            else:
+                copy_sparse(source, target)
 
     def _file_for(self, block: Block) -> Path:
         return self._partial / (states.dimm_file(block.id) if block.id else states.RAM)
@@ -200,11 +212,15 @@ class Freezer:
             self._mark("ahead")
 
     async def _save_ram(self, shape: RunningShape) -> int:
-        total, pid = 0, self.machine.run.qemu.pid
-        for block in shape.blocks:
-            start = await host_address(self.machine.monitor, block)
-            total += await asyncio.to_thread(save_changed, pid, start, block.size, self._file_for(block))
-        return total
+        pid = self.machine.run.qemu.pid
+
+        def save(block: Block) -> int:
+            start, path = self._addresses[block.id], self._file_for(block)
+            if block.id in self._linked:
+                return save_changes(pid, start, block.size, states.changes_file(path))
+            return save_changed(pid, start, block.size, path)
+
+        return sum([await asyncio.to_thread(save, block) for block in shape.blocks])
 
     def _describe(self, running: RunningShape, features: QemuFeatures, disks: dict[str, str]) -> None:
         machine, record = self.machine, self.machine.record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from qvm.arch import find_arch
 from qvm.errors import HostError, InstanceStateError
@@ -12,7 +13,8 @@ from qvm.filenames import Files
 from qvm.image.store import Image
 from qvm.instance.record import Record, Run
 from qvm.instance.spec import InstanceSpec
-from qvm.instance.states import DEVICES, SavedState, consume_state
+from qvm.instance.states import DEVICES, SavedState, changes_file, consume_state, dimm_file
+from qvm.instance.states import RAM as RAM_FILE
 from qvm.instance.store import save_run
 from qvm.log import get_logger
 from qvm.process import Identity
@@ -20,6 +22,8 @@ from qvm.qemu.features import QemuFeatures
 from qvm.qemu.machine import start_qemu, stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.probe import probe_qemu
+from qvm.qemu.ramchanges import load_changes
+from qvm.qemu.shape import host_address, read_shape
 from qvm.qemu.state import restore_devices
 from qvm.supervisor.assemble import build_spec
 from qvm.supervisor.fitting import state_spec
@@ -85,12 +89,24 @@ async def revive(record: Record, image: Image, state: SavedState) -> Launched:
     launched = await _start(record, state_spec(own, state, files.suspended, features), features)
     _note_restore(files, "its own")
     try:
+        await _put_changes(launched, record.config.arch, files.suspended)
         await restore_devices(launched.monitor, files.suspended / DEVICES, features)
         await asyncio.to_thread(consume_state, files.suspended)
     except BaseException:
         await launched.monitor.close()
         raise
     return launched
+
+
+async def _put_changes(launched: Launched, arch: str, folder: Path) -> None:
+    """Have RAM that began as a linked file be as it was saved; before the devices, which may look into it."""
+    if not any(folder.glob("*.changes")):
+        return
+    for block in (await read_shape(launched.monitor, arch)).blocks:
+        path = changes_file(folder / (dimm_file(block.id) if block.id else RAM_FILE))
+        if path.exists():
+            start = await host_address(launched.monitor, block)
+            await asyncio.to_thread(load_changes, launched.run.qemu.pid, start, block.size, path)
 
 
 async def _plan_machine(record: Record, image: Image) -> tuple[QemuFeatures, InstanceSpec]:

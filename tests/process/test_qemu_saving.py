@@ -21,6 +21,7 @@ from qvm.qemu.blocks import NewLayer
 from qvm.qemu.machine import stop_qemu
 from qvm.qemu.monitor import Monitor
 from qvm.qemu.ram import copy_sparse, find_mapping, save_changed
+from qvm.qemu.ramchanges import link_open_file, load_changes, save_changes
 from qvm.qemu.shape import host_address, open_file_of, read_shape, save_stream
 from qvm.qemu.state import restore_devices, save_devices
 from qvm.supervisor.freezing import take_up
@@ -203,7 +204,8 @@ def base_file(bench: Bench) -> Path:  # noqa: F811
     return path
 
 
-def test_ram_and_devices_are_saved_twice_and_gone_on_from(bench: Bench) -> None:  # noqa: F811
+@pytest.mark.parametrize("linked", [False, True], ids=["copied", "linked"])
+def test_ram_and_devices_are_saved_twice_and_gone_on_from(bench: Bench, linked: bool) -> None:  # noqa: F811
     """From a file, on to a second machine, on to a third: each time from what the one before had become."""
     bench.spec = replace(bench.spec, ram_file=base_file(bench), mount_slots=12, idle_folder=bench.folder)
 
@@ -216,9 +218,15 @@ def test_ram_and_devices_are_saved_twice_and_gone_on_from(bench: Bench) -> None:
         start = await host_address(monitor, block)
         mapping = find_mapping(identity.pid, block.file)
         assert mapping is not None and mapping.start == start
-        copy_sparse(open_file_of(identity.pid, block.file), bench.folder / name)
+        if linked:
+            assert link_open_file(open_file_of(identity.pid, block.file), bench.folder / name)
+        else:
+            copy_sparse(open_file_of(identity.pid, block.file), bench.folder / name)
         await monitor.pause()
-        save_changed(identity.pid, start, block.size, bench.folder / name)
+        if linked:
+            save_changes(identity.pid, start, block.size, bench.folder / f"{name} changes")
+        else:
+            save_changed(identity.pid, start, block.size, bench.folder / name)
         await save_devices(monitor, bench.folder / f"{name} devices")
         await stop_qemu(identity, monitor, force=True)
         await monitor.close()
@@ -227,6 +235,10 @@ def test_ram_and_devices_are_saved_twice_and_gone_on_from(bench: Bench) -> None:
         bench.spec = replace(bench.spec, ram_file=bench.folder / name, incoming=True)
         identity = await asyncio.to_thread(bench.start)
         monitor = await Monitor.connect(bench.spec.monitor_socket)
+        if linked:
+            (block,) = (await read_shape(monitor, bench.spec.arch)).blocks
+            start = await host_address(monitor, block)
+            load_changes(identity.pid, start, block.size, bench.folder / f"{name} changes")
         await restore_devices(monitor, bench.folder / f"{name} devices", bench.features)
         (bench.folder / name).unlink()  # mapped, so it lasts as long as the machine
         await monitor.resume()
