@@ -38,9 +38,10 @@ def ports(profile: str) -> PortsResult:
     try:
         answer = call(Files(profile).control_socket, "ports")
     except NoSupervisorError:
-        answer = {"forwards": []}
+        forwards = _with_waiting(record, [], reason=f"{profile} does not run")
+        return PortsResult(profile, _texts(record), forwards, [])
     except InstanceStateError as error:  # it is starting
-        return PortsResult(profile, _texts(record), _with_waiting(record, []), [error.message])
+        return PortsResult(profile, _texts(record), _with_waiting(record, [], reason=error.message), [])
     return PortsResult(profile, _texts(record), _with_waiting(record, answer["forwards"]), [])
 
 
@@ -92,13 +93,15 @@ def _change(profile: str, change: Any, *, save: bool) -> PortsResult:
         record = replace(record, config=replace(record.config, port_forwards=rules))
         save_record(record)
         notes = save_setting(profile, "portForwards", rules) if save else []
-        forwards: list[dict[str, Any]] = []
-        if find_run(profile) is not None:
-            try:
-                forwards = _apply(profile, [str(rule) for rule in rules])
-            except InstanceStateError as error:
-                notes.append(f"in force from the next start on: {error.message}")
-    return PortsResult(profile, _texts(record), _with_waiting(record, forwards), notes)
+        if find_run(profile) is None:
+            forwards = _with_waiting(record, [], reason=f"{profile} does not run")
+            return PortsResult(profile, _texts(record), forwards, notes)
+        try:
+            forwards = _with_waiting(record, _apply(profile, [str(rule) for rule in rules]))
+        except InstanceStateError as error:
+            forwards = _with_waiting(record, [], reason=error.message)
+            notes.append("the rules are in force from the next start on")
+    return PortsResult(profile, _texts(record), forwards, notes)
 
 
 def _apply(profile: str, rules: list[str]) -> list[dict[str, Any]]:
@@ -115,17 +118,18 @@ def _texts(record: Record) -> list[str]:
     return [str(rule) for rule in record.config.port_forwards]
 
 
-def _with_waiting(record: Record, forwards: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The forwards, and a row for each rule that has none because nothing listens."""
+def _with_waiting(
+    record: Record, forwards: list[dict[str, Any]], *, reason: str = "nothing listens there in the VM"
+) -> list[dict[str, Any]]:
+    """The forwards, and a row for each rule that has none, with the reason."""
     served = {entry.get("rule") for entry in forwards}
     rules = record.config.port_forwards
     waiting = []
     for rule in rules:
         if rule.host is not None and str(rule) not in served:
             earlier = find_earlier(rules, rule)
-            reason = f"{earlier} comes first" if earlier is not None else "nothing listens there in the VM"
             waiting.append({
-                "protocol": rule.protocol, "guest": str(rule.guest), "host": str(rule.host), "port": None,
-                "state": "waiting", "reason": reason, "path": None, "rule": str(rule),
+                "protocol": rule.protocol, "guest": str(rule.guest), "host": str(rule.host), "port": None, "path": None,
+                "state": "waiting", "reason": f"{earlier} comes first" if earlier else reason, "rule": str(rule),
             })  # fmt: skip
     return [*forwards, *waiting]

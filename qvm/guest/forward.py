@@ -78,6 +78,11 @@ def _address(wanted: Wanted) -> str:
     return (isinstance(wanted.host, Ports) and wanted.host.address) or LOOPBACK
 
 
+def _end(wanted: Wanted) -> tuple[str, str, int]:
+    """What QEMU would bind for it."""
+    return wanted.protocol, _address(wanted), wanted.host.first if isinstance(wanted.host, Ports) else 0
+
+
 class PortForwarder:
     """Keeps the host in step with the guest's listeners and the rules. Lives in one event loop."""
 
@@ -110,6 +115,7 @@ class PortForwarder:
         self._relays = Relays()
         self._retrying: asyncio.Task[None] | None = None
         self._asking: set[asyncio.Task[None]] = set()
+        self._leaving: set[tuple[str, str, int]] = set()
         self.events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         if reverse is not None:
             reverse.on_change = self._tell
@@ -177,7 +183,8 @@ class PortForwarder:
             self._stop(key)
         if self._reverse is not None:
             await self._reverse.close()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        while self._asking:  # what QEMU has taken meanwhile is taken back
+            await asyncio.gather(*self._asking, return_exceptions=True)
         await self._relays.close()
 
     def _stop(self, key: tuple[str, str, str]) -> None:
@@ -199,6 +206,8 @@ class PortForwarder:
         try:
             if wanted.conflict is not None:
                 forward.state, forward.reason = "taken", wanted.conflict
+            elif _end(wanted) in self._leaving:
+                forward.state, forward.reason = "opening", None
             elif wanted.user_network and not tunnel:
                 self._open_user_network(forward)
             else:
@@ -263,13 +272,16 @@ class PortForwarder:
 
     def remove_from_user_network(self, protocol: str, address: str, port: int) -> None:
         assert self._user_network is not None
+        self._leaving.add((protocol, address, port))
         self._in_background(self._remove(self._user_network, protocol, address, port))
 
     async def _remove(self, network: UserNetwork, protocol: str, address: str, port: int) -> None:
-        await network.remove(protocol, address, port)
-        # Whatever waits for this port need not wait for the next round.
+        """And let in what has waited for that."""
+        end = protocol, address, port
+        await network.remove(*end)
+        self._leaving.discard(end)
         for forward in list(self._forwards.values()):
-            if forward.state == "taken":
+            if forward.state == "opening" and not forward.bindings and _end(forward.wanted) == end:
                 self._try_to_bind(forward)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:

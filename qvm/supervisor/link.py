@@ -116,8 +116,11 @@ class GuestLink:
         restored guest 0.2 s, and a runtime's socket need not wait for it.
         """
         await self.streams.connect(self._files.stream_socket)
-        if self._user_network is not None:
-            await self._user_network.clear()
+        try:
+            if self._user_network is not None:
+                await self._user_network.clear()
+        except QvmError as error:
+            log.warning("forwards of an earlier supervisor may be left: %s", error)
         self._forwarder.begin()
         self._listening = asyncio.create_task(self._watch_listeners(), name="listeners")
         self._opened = True

@@ -167,7 +167,8 @@ def supervisor_of(user: User) -> int:
 
 def test_every_kind_of_forward(guest: User) -> None:
     wait_all(guest, 20, "first")
-    script = ("import socket as s\nfor family, at in ((s.AF_INET, ('127.0.0.1', 9641)), (s.AF_UNIX, '/tmp/to-host.sock')):\n"
+    script = ("import socket as s\n"
+              "for family, at in ((s.AF_INET, ('127.0.0.1', 9641)), (s.AF_UNIX, '/tmp/to-host.sock')):\n"
               "    peer = s.socket(family); peer.connect(at); peer.sendall(b'b'); print(peer.recv(16))")
     assert guest.qvm("ssh", "net", "--", "python3", "-c", script).stdout.split() == ["b'bye'"] * 2
     status = guest.status("net")
