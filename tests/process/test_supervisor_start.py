@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from stub_qemu import write_stub
 
 from qvm import paths
 from qvm.config.model import Config
+from qvm.config.ports import parse_rule
 from qvm.filenames import Files
 from qvm.instance.record import GuestUser, Record
-from qvm.instance.store import find_run, save_record
+from qvm.instance.store import find_run, load_record, save_record
 from qvm.process import kill
 from qvm.supervisor.core import Supervisor
+from qvm.supervisor.ports import port_handlers
 from qvm.units import GiB
 
 IMAGE = "0123456789abcdef" * 4
@@ -194,3 +197,55 @@ def test_an_end_while_qemu_starts_leaves_no_qemu(stage: Stage, way: str) -> None
         assert find_run("p") is None
 
     asyncio.run(work())
+
+
+def test_forwards_are_back_when_a_supervisor_takes_over(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stub's guest is this host: its listener is forwarded to another port, and by rules changed while it runs."""
+
+    async def no_disks(monitor: Any, files: Files) -> None:
+        """The stub has none to look at, which is what a supervisor that adopts a machine does first."""
+
+    monkeypatch.setattr("qvm.supervisor.core.take_up", no_disks)
+    with socket.create_server(("127.0.0.1", 0)) as service:
+        guest, host = service.getsockname()[1], free_port()
+        record = load_record("p")
+        config = replace(record.config, port_forwarder="none", port_forwards=(parse_rule(f"{host}:{guest}"),))
+        save_record(replace(record, config=config))
+
+        def reachable() -> bool:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", host)) != 0:
+                    return False
+            service.accept()[0].close()
+            return True
+
+        async def until(*, wanted: bool) -> float:
+            began = time.monotonic()
+            while await asyncio.to_thread(reachable) != wanted:
+                assert time.monotonic() - began < 10
+                await asyncio.sleep(0.01)
+            return time.monotonic() - began
+
+        async def work() -> None:
+            stage.manners("guest")
+            async with supervised() as first:
+                assert (await outcome(first))[-1]["event"] == "ready"
+                await until(wanted=True)
+                await first.leave()
+                await until(wanted=False)
+            async with supervised() as second:
+                assert (await outcome(second))[-1]["event"] == "ready"
+                await until(wanted=True)
+                ports = port_handlers(second)["ports"]
+
+                async def send(message: dict[str, Any]) -> None:
+                    raise AssertionError(message)
+
+                assert (await ports({"rules": []}, send))["forwards"] == []
+                await until(wanted=False)
+                answer = await ports({"rules": [f"{host}:{guest}"]}, send)
+                assert [entry["state"] for entry in answer["forwards"]] == ["forwarding"]
+                assert [event["event"] for event in answer["events"]] == ["forwarding", "stopped", "forwarding"]
+                await until(wanted=True)
+
+        asyncio.run(work())
