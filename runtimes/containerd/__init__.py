@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qvm.errors import GuestError
-from qvm.runtime.base import Guest, HostSocket, Runtime, RuntimeContext
+from qvm.runtime.base import Guest, HostSocket, Needs, Runtime, RuntimeContext
 from qvm.runtime.hostnames import serve_host_names
 from qvm.runtime.network import Network
 from qvm.runtime.services import (
@@ -66,6 +66,7 @@ rm -f /var/lib/containerd/io.containerd.grpc.v1.introspection/uuid
 class Containerd(Runtime):
     name = "containerd"
     summary = "containerd with nerdctl and BuildKit in the VM (`qvm nerdctl`)"
+    needs = Needs(packages=PACKAGES, programs=("containerd",))
     sockets = (
         HostSocket("containerd", PurePosixPath("/run/containerd/containerd.sock")),
         HostSocket("buildkitd", PurePosixPath("/run/buildkit/buildkitd.sock")),

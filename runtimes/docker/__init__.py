@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qvm.errors import GuestError
-from qvm.runtime.base import Guest, HostSocket, Runtime, RuntimeContext
+from qvm.runtime.base import Guest, HostSocket, Needs, Runtime, RuntimeContext
 from qvm.runtime.hostnames import serve_host_names
 from qvm.runtime.network import Network
 from qvm.runtime.services import (
@@ -75,6 +75,7 @@ if command -v usermod >/dev/null; then usermod -aG docker "$1"; else addgroup "$
 class Docker(Runtime):
     name = "docker"
     summary = "dockerd in the VM, with a docker context on the host"
+    needs = Needs(packages=PACKAGES, programs=("dockerd",))
     sockets = (HostSocket("docker", PurePosixPath("/run/docker.sock"), rehearsal=b"GET /info HTTP/1.0\r\n\r\n"),)
     # Images are in /var/lib/containerd where the profile turns the containerd image store on.
     data_folders = (PurePosixPath("/var/lib/docker"), PurePosixPath("/var/lib/containerd"))
