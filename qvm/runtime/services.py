@@ -21,9 +21,12 @@ _INSTALL = """
 set -e
 if command -v apt-get; then
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update
-    apt-get install -y --no-install-recommends $QVM_APT
-elif command -v apk; then apk add $QVM_APK
+    # A cloud image's own updates may be at work, and a mirror may stumble.
+    set -- -q -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 -o Dpkg::Use-Pty=0
+    # An update that fails ends here, not at a package that an old list names.
+    apt-get "$@" -o APT::Update::Error-Mode=any update
+    apt-get "$@" install -y --no-install-recommends $QVM_APT
+elif command -v apk; then apk add --update-cache $QVM_APK
 elif command -v dnf; then dnf install -y $QVM_DNF
 else echo "none of apt-get, apk and dnf is there" >&2; exit 1
 fi

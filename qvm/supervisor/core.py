@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from qvm.errors import InstanceStateError, NotReadyError, QvmError
 from qvm.filenames import Files
-from qvm.guest.bootwatch import watch_boot
+from qvm.guest.bootwatch import PANIC_REQUIREMENT, PanicWatch, panic_error
 from qvm.guest.requirements import wait_until_ready
 from qvm.guest.ssh import SshTarget
 from qvm.image.store import Image, load_image
@@ -125,7 +125,11 @@ class Supervisor:
         try:
             await self._boot()
         except NotReadyError as error:
-            if error.requirement != "qemu" or not ended_by_chance(self.files.qemu_log):
+            if error.requirement == PANIC_REQUIREMENT and self.record.accel == "tcg":
+                await self._begin_cold(f"{error.message}; it is started once more")
+            elif error.requirement == "qemu" and ended_by_chance(self.files.qemu_log):
+                await self._begin_cold("QEMU hit a known defect of its version and ended; starting it once more")
+            else:
                 raise
             await self._begin_cold("QEMU hit a known defect of its version and ended; starting it once more")
 
@@ -237,19 +241,20 @@ class Supervisor:
         return self.link
 
     async def _make_ready(self) -> None:
-        assert self.run is not None
+        assert self.run is not None and self.monitor is not None
         link = self._new_link()
         said_hello = asyncio.ensure_future(link.open())
         parts = ReadyParts(self.record, link.channel, self.runtime, self.context, self.run.ssh_port,
                            self.files.serial_log, foreign=self.image.is_foreign)
         wanted = build_requirements(parts, agent=said_hello)
-        watching = asyncio.create_task(watch_boot(self.files.serial_log, self._on_phase, wanted=parts.foreign))
         self.requirements = {requirement.name: "waiting" for requirement in wanted}
-        try:
-            await self._unless_qemu_ends(wait_until_ready(wanted, self._on_requirement))
-        finally:
-            said_hello.cancel()
-            watching.cancel()
+        with PanicWatch(self.files.serial_log, self._on_phase if parts.foreign else None, self.monitor.quit) as watch:
+            try:
+                await self._unless_qemu_ends(wait_until_ready(wanted, self._on_requirement))
+            except NotReadyError as error:
+                raise panic_error(watch, error) from error
+            finally:
+                said_hello.cancel()
         await self._publish_ready(None)
 
     async def _publish_ready(self, version: str | None) -> None:

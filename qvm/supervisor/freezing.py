@@ -19,7 +19,7 @@ from pathlib import Path
 from qvm.arch import find_arch
 from qvm.config.model import Mount
 from qvm.errors import GuestError, HostError, InstanceStateError, QvmError
-from qvm.filenames import Files
+from qvm.filenames import FIRMWARE_VARS, Files
 from qvm.guest.channel import AgentChannel
 from qvm.guest.mounts import ensure_mounts, order_mounts
 from qvm.guest.protocol import MountUser
@@ -145,8 +145,6 @@ class Freezer:
         features = await asyncio.to_thread(probe_qemu, arch)
         shape = await read_shape(machine.monitor, config.arch)
         self.report.streamed = can_read_memory(machine.run.qemu.pid)
-        if machine.image.kernel is None:
-            self.report.streamed = "its firmware has memory of its own"
         self._partial = states.begin_state(self.folder)
         try:
             async with without_mounts(machine.channel, config.mounts):
@@ -184,6 +182,10 @@ class Freezer:
 
     async def _save(self, shape: RunningShape) -> None:
         monitor = self.machine.monitor
+        if self.machine.image.is_foreign:
+            # What lies in flash is no part of the device state. What UEFI keeps in RAM of it must fit.
+            variables = Files(self.machine.record.config.profile).firmware_vars
+            await asyncio.to_thread(copy_sparse, variables, self._partial / FIRMWARE_VARS)
         devices = self._partial / states.DEVICES
         if self.report.streamed is not None:
             await save_stream(monitor, devices, timeout=STREAM_TIMEOUT)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from qvm.arch import find_arch
 from qvm.errors import HostError, InstanceStateError
-from qvm.filenames import Files
+from qvm.filenames import FIRMWARE_VARS, Files
 from qvm.image.store import Image
 from qvm.instance.record import Record, Run
 from qvm.instance.spec import InstanceSpec
@@ -86,6 +87,9 @@ async def revive(record: Record, image: Image, state: SavedState) -> Launched:
     """
     files = Files(record.config.profile)
     features, own = await _plan_machine(record, image)
+    variables = files.suspended / FIRMWARE_VARS
+    if variables.exists():
+        await asyncio.to_thread(shutil.copyfile, variables, files.firmware_vars)
     launched = await _start(record, state_spec(own, state, files.suspended, features), features)
     _note_restore(files, "its own")
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qvm import paths
 from qvm.errors import GuestError, NotReadyError, QemuError, QvmError
-from qvm.guest.bootwatch import watch_boot
+from qvm.guest.bootwatch import PANIC_REQUIREMENT, PanicWatch, panic_error
 from qvm.guest.channel import AgentChannel
 from qvm.guest.keys import ensure_key
 from qvm.image.disk import create_data_disk, create_disk, create_overlay, disk_info
@@ -64,7 +64,13 @@ def ensure_warm(request: WarmRequest, *, count: int = 1, progress: Progress) -> 
         return fresh[0]
     with lock(lock_path(key), what=f"the warm image {request.title}", on_wait=progress.note):
         while len(fresh := find_fresh(key)) < wanted:
-            _make(request, key, progress)
+            try:
+                _make(request, key, progress)
+            except NotReadyError as error:
+                if error.requirement != PANIC_REQUIREMENT or request.accel != "tcg":
+                    raise
+                progress.note(f"{error.message}; it is booted once more")
+                _make(request, key, progress)
     for old in prune_warm(keep=key):
         progress.note(f"removed the warm image {old.title}, the one used longest ago")
     return fresh[0]
@@ -209,16 +215,17 @@ class _Maker:
                 raise NotReadyError("agent", error.message, details=tail_of(spec.serial_log) or None) from error
 
         log = self.folder / "qemu.log"
-        watching = asyncio.create_task(watch_boot(
-            spec.serial_log, lambda name, state, seconds: self.tell(f"warm {name}", state, seconds),
-            wanted=self.request.image.is_foreign,
-        ))  # fmt: skip
-        try:
-            await monitor.unless_closed(hello(), lambda: NotReadyError(
-                "qemu", "QEMU ended while the warm image booted", log_path=log, details=tail_of(log) or None
-            ))  # fmt: skip
-        finally:
-            watching.cancel()
+        tell = self._tell_phase if self.request.image.is_foreign else None
+        with PanicWatch(spec.serial_log, tell, monitor.quit) as watch:
+            try:
+                await monitor.unless_closed(hello(), lambda: NotReadyError(
+                    "qemu", "QEMU ended while the warm image booted", log_path=log, details=tail_of(log) or None
+                ))  # fmt: skip
+            except NotReadyError as error:
+                raise panic_error(watch, error) from error
+
+    def _tell_phase(self, name: str, state: str, seconds: float) -> None:
+        self.tell(f"warm {name}", state, seconds)
 
     async def _start_runtime(self, channel: AgentChannel) -> str:
         if self.request.stage != RUNTIME:

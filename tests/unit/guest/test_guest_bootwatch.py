@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qvm.guest import bootwatch
-from qvm.guest.bootwatch import Phases, watch_boot
+from qvm.guest.bootwatch import PanicWatch, Phases, watch_boot
 
 KERNEL = b"[    0.000000] Linux version 6.12.0 (gcc) #1 SMP\r\n"
 SYSTEMD = b"[    9.120000] systemd[1]: systemd 257 running in system mode\r\n"
@@ -34,6 +34,32 @@ def test_a_quiet_console_tells_what_it_tells() -> None:
     assert phases.feed(KERNEL) == []
 
 
+def test_a_panic_is_heard() -> None:
+    phases = Phases()
+    assert phases.panic is None
+    phases.feed(KERNEL + b"[   16.2] Kernel panic - not syncing: Fatal exception\r\n[   19.5] Shutting down")
+    assert phases.panic == "Kernel panic - not syncing: Fatal exception"
+
+
+def test_a_machine_that_panics_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootwatch, "LOOK", 0.01)
+    log = tmp_path / "serial.log"
+
+    async def follow() -> str | None:
+        ended = asyncio.Event()
+
+        async def end() -> None:
+            ended.set()
+
+        with PanicWatch(log, None, end) as watch:
+            log.write_bytes(KERNEL + b"Kernel panic - not syncing: VFS\n")
+            async with asyncio.timeout(5):
+                await ended.wait()
+        return watch.panic
+
+    assert asyncio.run(follow()) == "Kernel panic - not syncing: VFS"
+
+
 def test_only_what_comes_from_now_on_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootwatch, "LOOK", 0.01)
     log = tmp_path / "serial.log"
@@ -41,7 +67,8 @@ def test_only_what_comes_from_now_on_counts(tmp_path: Path, monkeypatch: pytest.
     told: list[str] = []
 
     async def follow() -> None:
-        task = asyncio.create_task(watch_boot(log, lambda name, state, seconds: told.append(f"{name} {state}")))
+        task = asyncio.create_task(watch_boot(log, lambda name, state, seconds: told.append(f"{name} {state}"),
+                                              start=log.stat().st_size))
         await asyncio.sleep(0.1)
         assert told == []
         with log.open("ab") as file:
