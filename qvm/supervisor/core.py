@@ -131,7 +131,6 @@ class Supervisor:
                 await self._begin_cold("QEMU hit a known defect of its version and ended; starting it once more")
             else:
                 raise
-            await self._begin_cold("QEMU hit a known defect of its version and ended; starting it once more")
 
     async def _begin_cold(self, why: str) -> None:
         """Start the machine from power off, in the place of one that has ended."""
