@@ -114,12 +114,14 @@ class Freezer:
 
     def know_ids(self):
         pids = processes(lambda name: name.startswith(("systemd", "dbus-")))
+        wanted = {}
         for name, path in (("machine-id", "/etc/machine-id"), ("boot-id", BOOT_ID)):
             digits = (read(path) or b"").decode().strip().replace("-", "")
             if name in self.known:
                 self.known.pop(name).close()
             if len(digits) == 32:
-                self.known[name] = KnownId(digits, pids)
+                wanted[name] = digits
+        self.known.update(KnownId.find(wanted, pids))
 
     @staticmethod
     def sync():

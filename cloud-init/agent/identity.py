@@ -88,8 +88,8 @@ class Identity:
             if len(digits) != 32 or digits.strip("0123456789abcdef"):
                 return {"found": 0}
             pids = processes(lambda name: name == message["process"])
-            known = self.known[message["name"]] = KnownId(digits, pids, message["file"])
-            return {"found": known.count}
+            self.known |= KnownId.find({message["name"]: digits}, pids, message["file"])
+            return {"found": self.known[message["name"]].count}
 
         self.channel.answer_later(message["id"], work)
 

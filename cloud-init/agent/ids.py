@@ -14,6 +14,9 @@ def forms_of(digits):
     return bytes.fromhex(digits), digits.encode(), "-".join(parts).encode()
 
 
+TOP_BIT = bytes(number >> 7 for number in range(256))
+
+
 def find_bytes(pid, patterns):
     """[[address, number of the pattern]] in the private memory that this process may write and has touched."""
     found = []
@@ -25,7 +28,7 @@ def find_bytes(pid, patterns):
                 continue
             at, end = (int(word, 16) >> 12 for word in bounds.split("-"))
             # Bit 63 of a page's entry: present (admin-guide/mm/pagemap.rst). What is not was never written.
-            present = bytes(top >> 7 for top in os.pread(pages.fileno(), (end - at) * 8, at * 8)[7::8])
+            present = os.pread(pages.fileno(), (end - at) * 8, at * 8)[7::8].translate(TOP_BIT)
             start = present.find(1)
             while start >= 0:
                 stop = present.find(0, start)
@@ -45,12 +48,24 @@ class KnownId:
     the alternative is to start them anew, which takes them seconds.
     """
 
-    def __init__(self, digits, pids, file=None):
+    def __init__(self, digits, file=None):
         self.digits, self.file = digits, file
-        forms = forms_of(digits)
-        # An open mem file stays that of this very process, whoever gets its pid later; of one that is gone it is empty.
-        self.places = [(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC), found)
-                       for pid in pids for found in [find_bytes(pid, forms)] if found]
+        self.places = []
+
+    @classmethod
+    def find(cls, wanted, pids, file=None):
+        """{name: KnownId} of some ids (name -> digits), in one look through the memory of these processes."""
+        known = {name: cls(digits, file) for name, digits in wanted.items()}
+        forms = [form for digits in wanted.values() for form in forms_of(digits)]
+        for pid in pids:
+            found = find_bytes(pid, forms)
+            for number, each in enumerate(known.values()):
+                ours = [(at, form - 3 * number) for at, form in found if form // 3 == number]
+                if ours:
+                    # An open mem file stays that of this very process, whoever gets its pid later; of one that is gone
+                    # it is empty.
+                    each.places.append((os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC), ours))
+        return known
 
     @property
     def count(self):

@@ -1,7 +1,7 @@
 """Save a machine that runs: to end it and go on later, or to have a copy of that moment while it runs on.
 
-    held by nobody? -> mounts off -> sync   ┐
-    what RAM began with is linked or copied ┴> pause -> devices, changed RAM [-> layers] -> go on or end -> state sealed
+    held by nobody? -> mounts off -> sync ; RAM begun as link or copy, what has changed so far
+      -> pause -> devices, changed RAM [-> layers] -> go on, or end -> state sealed
 
 9p cannot be saved while it is mounted, so the mounts go first, and come again. What the guest has in memory and on its
 disks belongs to one moment: the one it is paused in.
@@ -94,7 +94,6 @@ class Freezer:
             new = await asyncio.to_thread(lambda: {name: layers.add_layer(disks[name], top)
                                                    for name, top in tops.items()})
             self._mark("layers")
-            await self._save_ahead(shape)
             began = time.monotonic()
             try:
                 await machine.monitor.pause()
@@ -150,14 +149,14 @@ class Freezer:
             async with without_mounts(machine.channel, config.mounts):
                 self._mark("mounts")
                 self._addresses = {block.id: await host_address(machine.monitor, block) for block in shape.blocks}
-                copying = asyncio.create_task(asyncio.to_thread(self._bring_bases, shape))
+                work = [asyncio.create_task(self._save_ahead(shape))]
+                if sync:
+                    work.append(asyncio.create_task(self._sync()))
                 try:
-                    if sync:
-                        await machine.channel.exec(["sync"], timeout=SYNC_TIMEOUT)
-                        self._mark("sync")
+                    await asyncio.gather(*work)
                 finally:
-                    await copying
-                self._mark("copy")
+                    await asyncio.wait(work)  # a thread goes on whatever happens, and would fill what is given up
+                self._last = time.monotonic()
                 yield shape, features
         except BaseException:
             states.abandon_state(self.folder)
@@ -167,7 +166,7 @@ class Freezer:
     def _bring_bases(self, shape: RunningShape) -> None:
         """Blocks of RAM that began as a file begin as that file where little has changed, else as a copy of it."""
         pid = self.machine.run.qemu.pid
-        for block in shape.blocks if self.report.streamed is None else ():
+        for block in shape.blocks:
             if block.file is None:
                 continue
             source, target = open_file_of(pid, block.file), self._file_for(block)
@@ -182,11 +181,11 @@ class Freezer:
 
     async def _save(self, shape: RunningShape) -> None:
         monitor = self.machine.monitor
+        devices = self._partial / states.DEVICES
         if self.machine.image.is_foreign:
             # What lies in flash is no part of the device state. What UEFI keeps in RAM of it must fit.
             variables = Files(self.machine.record.config.profile).firmware_vars
             await asyncio.to_thread(copy_sparse, variables, self._partial / FIRMWARE_VARS)
-        devices = self._partial / states.DEVICES
         if self.report.streamed is not None:
             await save_stream(monitor, devices, timeout=STREAM_TIMEOUT)
             self._mark("stream")
@@ -206,12 +205,21 @@ class Freezer:
             raise HostError(f"the machine was ended, because its disks could not be recorded: {error.strerror}",
                             hint="free some space, and start it again") from error
 
+    async def _sync(self) -> None:
+        began = time.monotonic()
+        await self.machine.channel.exec(["sync"], timeout=SYNC_TIMEOUT)
+        self.report.timings["sync"] = round(time.monotonic() - began, 4)
+
     async def _save_ahead(self, shape: RunningShape) -> None:
         """Save what has changed so far while the machine runs: not to be relied on, but then the file has its blocks,
         and writing them a second time, with the machine paused, takes a fraction of the first."""
-        if self.report.streamed is None:
-            await self._save_ram(shape)
-            self._mark("ahead")
+        if self.report.streamed is not None:
+            return
+        began = time.monotonic()
+        await asyncio.to_thread(self._bring_bases, shape)
+        copied = time.monotonic()
+        await self._save_ram(shape)
+        self.report.timings |= {"copy": round(copied - began, 4), "ahead": round(time.monotonic() - copied, 4)}
 
     async def _save_ram(self, shape: RunningShape) -> int:
         pid = self.machine.run.qemu.pid

@@ -73,7 +73,11 @@ class Revival:
             await required("mounts", ensure_mounts(self.channel, mounts), "a host folder could not be mounted")
             mark.done("mounts")
         await self.link.begin_service()
+        if not self.state.renewed:
+            self.link.rehearse(self.runtime.sockets)
         notes = await required("runtime", self._runtime(), "the runtime does not answer any more")
+        if self.state.renewed:  # only now does it have ids of its own
+            self.link.rehearse(self.runtime.sockets)
         if self.runtime.name != "none":
             mark.done("runtime")
         return notes

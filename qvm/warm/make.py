@@ -201,8 +201,9 @@ class _Maker:
             # What the boot has left to do, each fork would have to do again.
             await channel.exec(["sh", "-c", _UNTIL_QUIET], check=False, timeout=self.boot_timeout)
             self._done("warm boot")
-            await channel.freeze(self.request.stage)
+            steps = await channel.freeze(self.request.stage)
             self._done("warm quiet")
+            self.timings |= {f"quiet {name}": seconds for name, seconds in steps.items()}
         finally:
             await channel.close()
         return version

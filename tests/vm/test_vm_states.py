@@ -106,7 +106,7 @@ def test_everything_goes_on_after_suspend_and_resume(dev: User) -> None:
     assert sh(dev, "dev", "cat '/mnt/work/from host'; echo back >/mnt/work/back") == "written while it slept"
     assert (dev.work / "back").read_text() == "back\n"
     folder = Path(dev.env["QVM_HOME"]) / "_instances" / "dev"
-    assert not (folder / "suspended").exists(), "a state is used once"
+    assert not (folder / "suspended" / "manifest.json").exists(), "a state is used once"
 
 
 def test_stop_suspend_and_start_do_the_same_and_again(dev: User) -> None:
