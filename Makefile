@@ -20,6 +20,7 @@ test: ## everything: lint, types, unit, process and vm tests (ARGS adds to pytes
 	@scripts/bootstrap.sh --test
 	@tests/tools/fetch-docker-plugins.sh "$(DOCKER_TOOLS)"
 	@tests/tools/fetch-qemu10.sh "$(QEMU10)"
+	@tests/tools/make-cloud-disk.sh "$(CACHE)/test-tools/cloud-disk" "$$(uname -m | sed s/arm64/aarch64/)"
 	@$(QVM) image build debian-13
 	PATH="$$PATH:$(DOCKER_TOOLS)/bin" QVM_TEST_QEMU10="$(QEMU10)/bin" $(PYTEST) $(ARGS)
 

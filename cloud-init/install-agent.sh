@@ -4,7 +4,7 @@
 set -eu
 seed=$1
 # The console is what the host shows when something fails.
-exec >/dev/console 2>&1 || true
+if (: >/dev/console) 2>/dev/null; then exec >/dev/console 2>&1; fi
 trap '[ $? = 0 ] || echo "qvm: the agent could not be installed"' EXIT
 
 if ! command -v python3; then

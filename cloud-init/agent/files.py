@@ -3,6 +3,9 @@
 import _thread
 import os
 
+SELINUX = os.path.exists("/sys/fs/selinux/enforce")
+LABEL = "security.selinux"  # what takes another file's place needs its label: /etc/shadow has one of its own
+
 
 def read(path):
     try:
@@ -28,6 +31,8 @@ def write_atomic(path, data, mode=0o644, owner=None):
             os.fchmod(file.fileno(), mode)
             if owner is not None:
                 os.fchown(file.fileno(), *owner)
+            if SELINUX and os.path.exists(path):
+                os.setxattr(file.fileno(), LABEL, os.getxattr(path, LABEL))
         os.rename(temporary, path)
     except OSError:
         os.unlink(temporary)

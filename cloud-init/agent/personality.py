@@ -6,7 +6,7 @@ import time
 
 from .base import Failure, log
 from .disks import DATA_FOLDER, MKFS_OPTIONS, Ext4, find_disk, grow_ext4, grow_root, is_blank
-from .files import read, write_atomic
+from .files import SELINUX, read, write_atomic
 from .mounts import MS_BIND, MS_NOATIME, is_mount, mount_9p, mounted_at, sys_mount
 from .programs import run_program
 
@@ -53,7 +53,8 @@ class Personality:
         once = (self.hostname, self.machine_id, self.user, self.keys, self.sshd, self.environment, self.dns)
         always = (self.runtime_hostname, self.grow_root, self.data_disk, self.data_folders, self.mounts)
         started = time.monotonic()
-        self.run(*(once if fresh else ()), *always, self.restart_sshd)
+        labels = (self.labels,) if SELINUX and self.live else ()
+        self.run(*(once if fresh else ()), *always, *labels, self.restart_sshd)
         if fresh and not self.errors:
             self.put(f"{STATE_FOLDER}/applied", mark)
         return {"fresh": fresh, **self.report(started)}
@@ -186,6 +187,11 @@ class Personality:
             "MaxSessions 100", "MaxStartups 100:30:200", "AllowStreamLocalForwarding yes", "AllowTcpForwarding yes",
             "ClientAliveInterval 30", "ClientAliveCountMax 4", "")))
         self.sshd_changed = changed
+
+    def labels(self):
+        """Files that are new get the labels that the distribution's policy has for such files (Fedora and its like)."""
+        home = (self.doc.get("user") or {}).get("home") or "/root"
+        run_program(["restorecon", "-R", "/etc/ssh", "/etc/sudoers.d", STATE_FOLDER, home])
 
     def restart_sshd(self):
         """sshd that already runs starts itself anew on SIGHUP (sshd(8)), whatever init the guest has."""

@@ -244,7 +244,7 @@ class Supervisor:
         link = self._new_link()
         said_hello = asyncio.ensure_future(link.open())
         parts = ReadyParts(self.record, link.channel, self.runtime, self.context, self.run.ssh_port,
-                           self.files.serial_log, foreign=self.image.is_foreign)
+                           self.files.serial_log, lambda it: self.bus.publish("note", text=it), self.image.is_foreign)
         wanted = build_requirements(parts, agent=said_hello)
         self.requirements = {requirement.name: "waiting" for requirement in wanted}
         with PanicWatch(self.files.serial_log, self._on_phase if parts.foreign else None, self.monitor.quit) as watch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,8 @@ class ReadyParts:
     context: RuntimeContext
     ssh_port: int
     serial_log: Path
+    note: Callable[[str], None] = lambda text: None
+    """Hears what the user should know."""
     foreign: bool = False
     """qvm did not make the image: it boots in its own time, and its runtime comes from its distribution."""
 
@@ -68,8 +72,11 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
     async def check_ssh() -> None:
         for pause in backoff():
             if await ssh_answers(parts.ssh_port):
-                return
+                break
             await asyncio.sleep(pause)
+        if parts.foreign:  # the stages of cloud-init that do something are over by then
+            for error in await find_cloud_init_errors(parts.channel):
+                parts.note(f"cloud-init: {error}")
 
     requirements = [
         Requirement("agent", FOREIGN_AGENT_TIMEOUT if parts.foreign else AGENT_TIMEOUT,
@@ -104,6 +111,16 @@ async def start_runtime(runtime: Runtime, channel: AgentChannel, context: Runtim
     await runtime.provision(channel, context)
     await runtime.start(channel, context)
     await wait_for_checks(runtime, channel, context)
+
+
+async def find_cloud_init_errors(channel: AgentChannel) -> list[str]:
+    """What cloud-init has noted as failed in this boot (its status.json, "v1")."""
+    done = await channel.exec(["cat", "/run/cloud-init/status.json"], check=False)
+    try:
+        stages = json.loads(done.stdout)["v1"]
+        return [str(error) for stage in stages.values() if isinstance(stage, dict) for error in stage.get("errors", ())]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []  # no cloud-init, or one that writes it in another way
 
 
 async def ssh_answers(port: int, *, timeout: float = 10.0) -> bool:
