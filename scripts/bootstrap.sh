@@ -97,6 +97,7 @@ list_debian() {
 			need qemu-system-x86 "runs the tests' x86_64 VMs" has qemu-system-x86_64
 		fi
 		need busybox-static "is the tests' container image" is_static /bin/busybox
+		need docker-registry "is the tests' registry" test -x /usr/bin/docker-registry
 	fi
 }
 

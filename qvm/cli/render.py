@@ -46,6 +46,7 @@ def render_status(status: Mapping[str, Any]) -> str:
         rows.append(("ssh", f"{status.get('user', '')}@127.0.0.1:{status['ssh_port']}"))
     rows += [("mount", _mount(mount)) for mount in status.get("mounts", ())]
     rows += [("socket", str(path)) for path in status.get("sockets", {}).values()]
+    rows += [("variable", f"{name}={value}") for name, value in status.get("environment", {}).items()]
     rows += [("port", _forward(forward)) for forward in status.get("forwards", ())]
     rows.append(("emulates", ", ".join(status.get("binfmt") or ())))
     if status.get("state") != "running":

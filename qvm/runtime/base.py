@@ -273,6 +273,10 @@ class Runtime(ABC):
         """Remove what `provision` made; the data folders stay."""
         return
 
+    def environment(self, context: RuntimeContext) -> Mapping[str, str]:
+        """Variables for programs of the host that know nothing of contexts; `qvm status` shows them."""
+        return {}
+
     def activate(self, context: RuntimeContext, *, switch: bool) -> list[str]:
         """Publish to the host's clients (contexts); `switch` makes it the current one, remembering what was.
 

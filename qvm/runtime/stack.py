@@ -101,6 +101,9 @@ class Stack(Runtime):
     async def update(self, guest: Guest, context: RuntimeContext) -> list[str]:
         return [line for layer, own in self.parts(context) for line in await layer.update(guest, own)]
 
+    def environment(self, context: RuntimeContext) -> Mapping[str, str]:
+        return {name: value for layer, own in self.parts(context) for name, value in layer.environment(own).items()}
+
     def host_ports(self, context: RuntimeContext) -> Sequence[HostPort]:
         return tuple(port for layer, own in self.parts(context) for port in layer.host_ports(own))
 

@@ -164,6 +164,12 @@ class Containerd(Runtime):
         await stop_services(guest, ["buildkit.socket", "buildkit.service", "containerd"],
                             openrc=["buildkitd", "containerd"])
 
+    def environment(self, context: RuntimeContext) -> Mapping[str, str]:
+        return {
+            "CONTAINERD_ADDRESS": str(context.host_socket("containerd")),
+            "BUILDKIT_HOST": f"unix://{context.host_socket('buildkitd')}",
+        }
+
     def warm_settings(self, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         """None: `after_fork` applies them, so that all profiles share one warm image and it holds nobody's secrets."""
         return {}

@@ -149,6 +149,13 @@ class Docker(Runtime):
     async def teardown(self, guest: Guest, context: RuntimeContext) -> None:
         await guest.exec(["rm", "-f", str(DAEMON_JSON)])
 
+    def environment(self, context: RuntimeContext) -> Mapping[str, str]:
+        return {
+            "DOCKER_HOST": f"unix://{context.host_socket('docker')}",
+            # Where a container can mount it from: in the guest.
+            "TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE": "/var/run/docker.sock",
+        }
+
     def activate(self, context: RuntimeContext, *, switch: bool) -> list[str]:
         folder = config_folder(context.env)
         name, socket = context_name(context.profile), context.host_socket("docker")
