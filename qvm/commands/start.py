@@ -12,6 +12,7 @@ from qvm.commands.results import StartResult
 from qvm.commands.status import status
 from qvm.commands.stop import stop_locked
 from qvm.commands.suspended import check_suspended
+from qvm.commands.switching import switch_runtime
 from qvm.config.resolve import Resolved, describe_changes, resolve_config
 from qvm.config.save import save_profile
 from qvm.config.validate import validate_profile_name
@@ -61,6 +62,8 @@ def start_locked(
     if record is not None:
         check_suspended(record, resolved.config, cold=cold, progress=progress)
     with waiting or Prelaunched() as supervisor:
+        if record is not None:
+            switch_runtime(record, resolved.config, progress=progress)
         prepared = prepare(resolved.config, record, cold=cold, progress=progress)
         for note in save_profile(resolved):
             progress.note(note)

@@ -11,7 +11,7 @@ from qvm.progress import Progress
 from qvm.supervisor.offline import finish_restore
 
 # Settings a machine has for as long as it is not booted anew.
-_FIXED = ("cpus", "memory", "disk", "root_disk", "arch")
+_FIXED = ("cpus", "memory", "disk", "root_disk", "arch", "runtime")
 
 
 def check_suspended(record: Record, config: Config, *, cold: bool, progress: Progress) -> None:

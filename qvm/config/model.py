@@ -55,6 +55,8 @@ class Config:
     """Into dockerd's daemon.json."""
     containerd: dict[str, Any] = field(default_factory=dict)
     """Into containerd's config.toml."""
+    podman: dict[str, Any] = field(default_factory=dict)
+    """Into podman's containers.conf."""
     registry_mirrors: tuple[str, ...] = ()
     """Addresses that are asked for Docker Hub's images first."""
     insecure_registries: tuple[str, ...] = ()

@@ -118,7 +118,7 @@ def _order(setting: Setting, layers: Mapping[str, _Layer]) -> Iterator[_Layer]:
         if setting.sticky or not layers[FILE].values:
             yield layers[STORED]
     else:
-        if setting.change is Change.GROWS and layers[STORED].values:
+        if setting.change in (Change.GROWS, Change.SWITCHES) and layers[STORED].values:
             yield layers[FILE]
         yield layers[STORED]
         yield layers[ENVIRONMENT]
@@ -128,7 +128,7 @@ def _order(setting: Setting, layers: Mapping[str, _Layer]) -> Iterator[_Layer]:
 
 def _find_forbidden_change(setting: Setting, layers: Mapping[str, _Layer], profile: str) -> list[str]:
     """What a flag or the file asks for that the existing instance cannot become."""
-    if setting.change is Change.FREE or setting.key not in layers[STORED].values:
+    if setting.change in (Change.FREE, Change.SWITCHES) or setting.key not in layers[STORED].values:
         return []
     old = layers[STORED].values[setting.key]
     layer = next((layers[name] for name in (FLAG, FILE) if setting.key in layers[name].values), None)

@@ -34,6 +34,7 @@ class Change(enum.Enum):
 
     FREE = "at the next start"
     GROWS = "grows only"
+    SWITCHES = "at the next start; not by the environment"
     FIXED = "fixed after creation"
 
 
@@ -151,7 +152,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "runtime", "runtime", Text(), ("-r", "--runtime"), "NAME", "what runs containers", "docker",
         default=lambda context: "containerd", default_text="containerd", env="QVM_DEFAULT_RUNTIME",
-        change=Change.FIXED, choices=_runtime_names, validate=_validate_runtime,
+        change=Change.SWITCHES, choices=_runtime_names, validate=_validate_runtime,
     ),
     Setting(
         "accel", "accel", Text(), ("--accel",), "NAME", "accelerator; `auto` takes what is proven to work", "tcg",
@@ -197,6 +198,10 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "containerd", "containerd", Section(), (), "", "containerd's settings, as in its config.toml", "",
+        default=lambda context: {}, default_text="qvm's own",
+    ),
+    Setting(
+        "podman", "podman", Section(), (), "", "podman's settings, as in its containers.conf", "",
         default=lambda context: {}, default_text="qvm's own",
     ),
     Setting(

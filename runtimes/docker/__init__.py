@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from qvm.errors import GuestError
 from qvm.runtime.base import Guest, HostSocket, Needs, Runtime, RuntimeContext
+from qvm.runtime.dockercontext import activate_context, deactivate_context
 from qvm.runtime.hostnames import serve_host_names
 from qvm.runtime.network import Network
 from qvm.runtime.services import (
@@ -21,8 +22,6 @@ from qvm.runtime.services import (
     wait_for_services,
 )
 
-from .context import DockerContexts, ForeignContextError, config_folder, context_name
-
 DAEMON_JSON = PurePosixPath("/etc/docker/daemon.json")
 CONTAINERD_TOML = PurePosixPath("/etc/containerd/config.toml")
 # dockerd uses no Kubernetes interface, which costs a part of containerd's start and listens on a port.
@@ -33,14 +32,11 @@ ENGINE_ID_FILE = PurePosixPath("/var/lib/docker/engine-id")
 CONTAINERD_ID_FILE = PurePosixPath("/var/lib/containerd/io.containerd.grpc.v1.introspection/uuid")
 SERVICES = ("containerd", "docker")
 PACKAGES = {"apt": "docker.io", "apk": "docker", "dnf": "moby-engine"}
-# docker-proxy listens where a container publishes a port, which is how the host learns of it.
-DEFAULTS: dict[str, Any] = {"userland-proxy": True}
 # What dockerd takes up on SIGHUP (moby, daemon/reload.go); all else it reads once, at its start.
 RELOADABLE = frozenset({
     "registry-mirrors", "insecure-registries", "debug", "labels", "live-restore", "max-concurrent-downloads",
     "max-concurrent-uploads", "max-download-attempts", "shutdown-timeout",
 })
-STATE_FILE = "docker-context.json"
 
 _LOOK = """
 command -v dockerd >/dev/null && echo installed
@@ -60,12 +56,16 @@ _RELOAD = """
 set -e
 since=$(date +%s)
 kill -HUP "$(cat /run/docker.pid)"
-[ -d /run/systemd/system ] || exit 0
+[ -d /run/systemd/system ] || exit 1
 for turn in 1 2 3 4 5 6 7 8 9 10; do
-    journalctl -q -b -u docker --since "@$since" -o cat | grep -q 'Reloaded configuration' && exit 0
+    said=$(journalctl -q -b -u docker --since "@$since" -o cat)
+    case $said in
+    *'Reloaded configuration'*) exit 0 ;;
+    *'validation failed'*) exit 1 ;;
+    esac
     sleep 0.1
 done
-exit 0
+exit 1
 """
 _JOIN_GROUP = """
 if command -v usermod >/dev/null; then usermod -aG docker "$1"; else addgroup "$1" docker; fi
@@ -136,11 +136,12 @@ class Docker(Runtime):
             await serve_host_names(guest, context.network)
         plain = render_daemon_json(context.settings, context.network) == render_daemon_json({}, Network())
         changed = not plain and await self._configure(guest, context)
-        if stale or context.network.proxies or (changed and not is_reloadable(context.settings)):
+        anew = stale or context.network.proxies or (changed and not is_reloadable(context.settings))
+        if changed and not anew:
+            anew = (await guest.exec(["sh", "-c", _RELOAD], check=False)).exit_code != 0
+        if anew:
             await restart_services(guest, ["docker"])
             await wait_for_services(guest, SERVICES, sockets=["/run/docker.sock"], patience=self.start_timeout)
-        elif changed:
-            await guest.exec(["sh", "-c", _RELOAD])
         return ["docker's engine id could not be replaced in its memory: dockerd was started anew"] if stale else []
 
     async def version(self, guest: Guest, context: RuntimeContext) -> str:
@@ -157,39 +158,16 @@ class Docker(Runtime):
         }
 
     def activate(self, context: RuntimeContext, *, switch: bool) -> list[str]:
-        folder = config_folder(context.env)
-        name, socket = context_name(context.profile), context.host_socket("docker")
-        notes = []
-        try:
-            DockerContexts(folder, context.folder.parent).publish(
-                name, host=f"unix://{socket}", description=f"qvm: the instance {context.profile!r}", switch=switch
-            )
-            _remember_folder(context, folder)
-        except ForeignContextError as error:
-            notes.append(f"a docker context {name!r} that is not qvm's exists ({error}) and was left alone; "
-                         f"use DOCKER_HOST=unix://{socket}")
-        except (OSError, ValueError) as error:
-            notes.append(f"docker's configuration in {folder} could not be changed ({error}); "
-                         f"use DOCKER_HOST=unix://{socket}")
-        for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
-            if switch and context.env.get(variable):
-                notes.append(f"{variable} is set and overrides the docker context {name!r}: unset {variable}")
-        return notes
+        return activate_context(context, socket="docker", switch=switch)
 
     def deactivate(self, context: RuntimeContext, *, remove: bool) -> list[str]:
-        folder = _remembered_folder(context) or config_folder(context.env)
-        try:
-            DockerContexts(folder, context.folder.parent).withdraw(context_name(context.profile), remove=remove)
-            if remove:
-                (context.state_folder / STATE_FILE).unlink(missing_ok=True)
-        except (OSError, ValueError) as error:
-            return [f"docker's configuration in {folder} could not be changed back: {error}"]
-        return []
+        return deactivate_context(context, remove=remove)
 
 
 def render_daemon_json(settings: Mapping[str, Any], network: Network) -> bytes:
-    """The profile's `docker:` section over our defaults; lists of registries are joined."""
-    document = {**DEFAULTS, "host-gateway-ip": network.gateway, **settings}
+    """The profile's `docker:` section over our default; lists of registries are joined."""
+    # Not `userland-proxy`, true by default: a file that says so cannot be reloaded (dockerd 26 then asks for a path).
+    document: dict[str, Any] = {"host-gateway-ip": network.gateway, **settings}
     if "host-gateway-ips" in settings:
         del document["host-gateway-ip"]
     for key, ours in (("registry-mirrors", network.mirrors), ("insecure-registries", network.insecure)):
@@ -200,18 +178,5 @@ def render_daemon_json(settings: Mapping[str, Any], network: Network) -> bytes:
 
 
 def is_reloadable(settings: Mapping[str, Any]) -> bool:
-    """Whether a dockerd that runs with our defaults can take these up without being started anew."""
-    return all(key in RELOADABLE or DEFAULTS.get(key) == value for key, value in settings.items())
-
-
-def _remember_folder(context: RuntimeContext, folder: Path) -> None:
-    """`stop` may run with another DOCKER_CONFIG than `start` did, and must mend what start changed."""
-    context.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (context.state_folder / STATE_FILE).write_text(json.dumps({"config": str(folder)}) + "\n")
-
-
-def _remembered_folder(context: RuntimeContext) -> Path | None:
-    try:
-        return Path(json.loads((context.state_folder / STATE_FILE).read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # never activated, or the file is damaged: the environment says where
+    """Whether a dockerd that runs with our default can take these up without being started anew."""
+    return RELOADABLE.issuperset(settings)

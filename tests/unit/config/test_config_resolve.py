@@ -189,7 +189,6 @@ def test_the_profile_file_says_what_holds_later_but_the_mounts_of_the_first_star
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"runtime": "containerd"}, "was made with docker, which cannot become containerd"),
         ({"image": "debian-12"}, "was made with debian-13"),
         ({"disk": "49"}, "--disk: 50 GiB cannot shrink to 49 GiB"),
         ({"root_disk": "10"}, "--root-disk: 20 GiB cannot shrink"),
@@ -205,9 +204,9 @@ def test_what_cannot_change_counts_in_the_file_too_but_growing_is_fine(
     resolve: Resolve, home: Path, work: Path
 ) -> None:
     file = home / "dev" / "qvm.yaml"
-    file.write_text("runtime: none\ndisk: 60\n")
+    file.write_text("image: debian-12\ndisk: 60\n")
     [problem] = problems(lambda: resolve(stored=make_config(work)))
-    assert problem.startswith(f"{file}:1:10: runtime: 'dev' was made with docker")
+    assert problem.startswith(f"{file}:1:8: image: 'dev' was made with debian-13")
     file.write_text("disk: 60\n")
     assert resolve(stored=make_config(work)).config.disk == 60 * GiB
     assert resolve({"disk": "70"}, stored=make_config(work)).config.disk == 70 * GiB
@@ -234,3 +233,13 @@ def test_a_working_directory_that_cannot_be_mounted_is_left_out_with_a_note(reso
 def test_changes_never_show_values_of_variables(work: Path) -> None:
     lines = describe_changes(make_config(work), make_config(work, env={"A": "b", "TOKEN": "secret"}))
     assert lines == ["env: A -> A, TOKEN"]
+
+
+def test_the_runtime_switches_by_flag_and_file_but_not_by_the_environment(
+    resolve: Resolve, home: Path, work: Path
+) -> None:
+    stored = make_config(work)
+    assert resolve({"runtime": "containerd"}, stored=stored).config.runtime == "containerd"
+    assert resolve(stored=stored, environ={"QVM_DEFAULT_RUNTIME": "none"}).config.runtime == "docker"
+    (home / "dev" / "qvm.yaml").write_text("runtime: none\n")
+    assert resolve(stored=stored).config.runtime == "none"

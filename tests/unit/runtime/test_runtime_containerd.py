@@ -10,8 +10,9 @@ from runtime_fakes import FakeGuest, make_context
 
 from qvm.errors import GuestError
 from qvm.runtime.network import Network
+from qvm.runtime.toml import render_toml
 from runtimes.containerd import Containerd
-from runtimes.containerd.files import buildkitd_toml, registry_hosts, render_toml
+from runtimes.containerd.files import buildkitd_toml, registry_hosts
 
 IMAGE = (b"containerd\nnerdctl\nbuildctl\nbuildkitd:/usr/local/bin/buildkitd\ncni:/usr/lib/cni\nsystemd\n")
 LOOK = "command -v buildkitd"

@@ -19,7 +19,7 @@ def test_provision_installs_nothing_where_docker_is_there(tmp_path: Path) -> Non
     guest = FakeGuest({"command -v dockerd": b"installed\n"})
     asyncio.run(Docker().provision(guest, make_context(tmp_path)))
     assert len(guest.commands) == 2, "each round trip costs tens of milliseconds under emulation"
-    assert json.loads(guest.files[DAEMON_JSON]) == {"host-gateway-ip": "10.0.2.2", "userland-proxy": True}
+    assert json.loads(guest.files[DAEMON_JSON]) == {"host-gateway-ip": "10.0.2.2"}
 
 
 def test_provision_installs_from_the_distribution_where_docker_is_missing(tmp_path: Path) -> None:
@@ -129,6 +129,13 @@ def test_a_fork_reloads_what_can_be_reloaded(tmp_path: Path) -> None:
     assert "kill -HUP" in guest.scripts() and "systemctl restart" not in guest.scripts()
 
 
+def test_a_reload_that_dockerd_refuses_becomes_a_restart(tmp_path: Path) -> None:
+    guest = FakeGuest({"kill -HUP": 1})
+    context = replace(make_context(tmp_path), network=Network(insecure=("r:5000",)))
+    asyncio.run(Docker().after_fork(guest, context))
+    assert "systemctl restart" in guest.scripts()
+
+
 @pytest.mark.parametrize(
     ("settings", "network"),
     [({"log-driver": "journald"}, Network()), ({}, Network(proxies={"http_proxy": "http://p:1"}))],
@@ -144,4 +151,4 @@ def test_registries_of_both_places_are_joined() -> None:
     network = Network(insecure=("a:1",), mirrors=("http://m",))
     document = json.loads(render_daemon_json({"insecure-registries": ["b:2", "a:1"]}, network))
     assert document["insecure-registries"] == ["a:1", "b:2"] and document["registry-mirrors"] == ["http://m"]
-    assert is_reloadable({"debug": True, "userland-proxy": True}) and not is_reloadable({"userland-proxy": False})
+    assert is_reloadable({"debug": True}) and not is_reloadable({"debug": True, "userland-proxy": False})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from runtimes.docker.jsonedit import get_string, set_string
+from qvm.runtime.jsonedit import get_string, set_string
 
 KEY = "currentContext"
 DOCUMENTS = [

@@ -21,14 +21,63 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .jsonedit import get_string, set_string
+from qvm.runtime.base import RuntimeContext
+from qvm.runtime.jsonedit import get_string, set_string
 
 DEFAULT = "default"
+STATE_FILE = "docker-context.json"
 PREVIOUS = "QvmPrevious"
 
 
 class ForeignContextError(Exception):
     """A context of the wanted name exists and is not ours."""
+
+
+def activate_context(context: RuntimeContext, *, socket: str, switch: bool) -> list[str]:
+    """`Runtime.activate` of a runtime whose host socket of that name speaks docker's API."""
+    folder = config_folder(context.env)
+    name, path = context_name(context.profile), context.host_socket(socket)
+    notes = []
+    try:
+        DockerContexts(folder, context.folder.parent).publish(
+            name, host=f"unix://{path}", description=f"qvm: the instance {context.profile!r}", switch=switch
+        )
+        _remember_folder(context, folder)
+    except ForeignContextError as error:
+        notes.append(f"a docker context {name!r} that is not qvm's exists ({error}) and was left alone; "
+                     f"use DOCKER_HOST=unix://{path}")
+    except (OSError, ValueError) as error:
+        notes.append(f"docker's configuration in {folder} could not be changed ({error}); "
+                     f"use DOCKER_HOST=unix://{path}")
+    for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
+        if switch and context.env.get(variable):
+            notes.append(f"{variable} is set and overrides the docker context {name!r}: unset {variable}")
+    return notes
+
+
+def deactivate_context(context: RuntimeContext, *, remove: bool) -> list[str]:
+    """`Runtime.deactivate` to that."""
+    folder = _remembered_folder(context) or config_folder(context.env)
+    try:
+        DockerContexts(folder, context.folder.parent).withdraw(context_name(context.profile), remove=remove)
+        if remove:
+            (context.state_folder / STATE_FILE).unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        return [f"docker's configuration in {folder} could not be changed back: {error}"]
+    return []
+
+
+def _remember_folder(context: RuntimeContext, folder: Path) -> None:
+    """`stop` may run with another DOCKER_CONFIG than `start` did, and must mend what start changed."""
+    context.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (context.state_folder / STATE_FILE).write_text(json.dumps({"config": str(folder)}) + "\n")
+
+
+def _remembered_folder(context: RuntimeContext) -> Path | None:
+    try:
+        return Path(json.loads((context.state_folder / STATE_FILE).read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # never activated, or the file is damaged: the environment says where
 
 
 def config_folder(env: Mapping[str, str]) -> Path:
