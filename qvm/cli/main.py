@@ -31,6 +31,7 @@ VERBS = {
     "ports": Verb("qvm.cli.ports", "ports", "Show, add and remove forwarded ports."),
     "kubernetes": Verb("qvm.cli.kubernetes", "kubernetes", "Start, stop, reset or delete Kubernetes in a VM.",
                        ("k8s", "kube", "k3s")),
+    "update": Verb("qvm.cli.update", "update", "Update the runtime's packages in a VM."),
     "image": Verb("qvm.cli.image", "image", "List, build, fetch and remove images."),
     "logs": Verb("qvm.cli.show", "logs", "Show a VM's logs."),
     "doctor": Verb("qvm.cli.show", "doctor", "Check what this host has and lacks."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qvm.commands.results import DeleteResult
 from qvm.commands.start import check_name
 from qvm.commands.stop import stop_locked
+from qvm.commands.update import find_newer_image
 from qvm.errors import InstanceStateError, NoSuchInstanceError
 from qvm.filenames import Files
 from qvm.instance.record import Record
@@ -31,6 +32,8 @@ def delete(profile: str, *, data: bool = False, force: bool = False, progress: P
         flatten_data(profile)
         if record is not None:
             progress.note(f"deleted {profile}")
+            if find_newer_image(record) is not None:
+                progress.note(f"the next `qvm start {profile}` begins with a newer build of {record.config.image}")
     return DeleteResult(profile, removed, kept_paths)
 
 

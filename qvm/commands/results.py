@@ -68,3 +68,15 @@ class DeleteResult:
     profile: str
     removed: list[str]
     kept: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    profile: str
+    changed: bool
+    changes: list[str]
+    """"name: old -> new"."""
+    runtime_version: str
+    newer_image: str | None
+    """The id of the image that a new instance of the profile would begin with, where it is another one."""
+    seconds: float

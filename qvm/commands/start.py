@@ -13,6 +13,7 @@ from qvm.commands.status import status
 from qvm.commands.stop import stop_locked
 from qvm.commands.suspended import check_suspended
 from qvm.commands.switching import switch_runtime
+from qvm.commands.update import describe_newer_image
 from qvm.config.resolve import Resolved, describe_changes, resolve_config
 from qvm.config.save import save_profile
 from qvm.config.validate import validate_profile_name
@@ -69,6 +70,9 @@ def start_locked(
             progress.note(note)
         _boot(profile, waiting=supervisor, progress=progress)
     notes = [*resolved.notes, *prepared.notes]
+    if record is not None and (offer := describe_newer_image(record)) is not None:
+        progress.note(offer)
+        notes.append(offer)
     return StartResult(profile, True, status(profile), notes, time.monotonic() - began)
 
 

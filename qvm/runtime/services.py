@@ -46,12 +46,13 @@ fi
 exit 0
 """
 
+# A mirror that cannot be reached is only a warning to `apt-get update` unless it is told otherwise.
 _UPGRADE = """
 set -e
 if command -v apt-get; then
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update
-    apt-get install -y --no-install-recommends --only-upgrade $QVM_APT
+    apt-get -q -o APT::Update::Error-Mode=any -o Acquire::Retries=1 update
+    apt-get -q -o Dpkg::Options::=--force-confold install -y --no-install-recommends --only-upgrade $QVM_APT
 elif command -v apk; then apk update; apk add --upgrade $QVM_APK
 elif command -v dnf; then dnf upgrade -y $QVM_DNF
 else echo "none of apt-get, apk and dnf is there" >&2; exit 1

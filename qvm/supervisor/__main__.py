@@ -22,6 +22,7 @@ from qvm.supervisor.core import Supervisor
 from qvm.supervisor.execute import execute
 from qvm.supervisor.ports import port_handlers
 from qvm.supervisor.saves import saving_handlers
+from qvm.supervisor.updating import update_handlers
 
 # How long the answer to the last request, and a failed start's reason, can be fetched before the process ends.
 LINGER = 0.3
@@ -53,7 +54,8 @@ def handlers(supervisor: Supervisor) -> dict[str, Handler]:
         return await execute(supervisor.require_link().channel, request, send)
 
     return {"status": status, "watch": watch, "follow": follow, "stop": stop, "exec": run,
-            **port_handlers(supervisor), **saving_handlers(supervisor), **addon_handlers(supervisor)}
+            **port_handlers(supervisor), **saving_handlers(supervisor), **addon_handlers(supervisor),
+            **update_handlers(supervisor)}
 
 
 async def supervise(profile: str) -> None:

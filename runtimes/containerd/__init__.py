@@ -18,11 +18,17 @@ from qvm.runtime.services import (
     restart_services,
     start_services,
     stop_services,
+    upgrade_packages,
     wait_for_services,
 )
 
 from .files import buildkit_service, buildkit_socket, buildkitd_toml, containerd_toml, nerdctl_toml, registry_hosts
 
+UPDATED = {
+    "apt": "containerd runc containernetworking-plugins",
+    "apk": "containerd runc nerdctl buildkit cni-plugins",
+    "dnf": "containerd runc nerdctl buildkit containernetworking-plugins",
+}
 PACKAGES = {
     "apt": "containerd containernetworking-plugins iptables",
     "apk": "containerd nerdctl buildkit cni-plugins iptables",
@@ -163,6 +169,13 @@ class Containerd(Runtime):
         await guest.exec(["sh", "-c", _STOP_CONTAINERS], check=False)
         await stop_services(guest, ["buildkit.socket", "buildkit.service", "containerd"],
                             openrc=["buildkitd", "containerd"])
+
+    async def update(self, guest: Guest, context: RuntimeContext) -> list[str]:
+        """Containers run on while containerd is started anew: their shims are their parents."""
+        changes = await upgrade_packages(guest, UPDATED, what="containerd")
+        if changes:
+            await restart_services(guest, ["containerd"])
+        return changes
 
     def environment(self, context: RuntimeContext) -> Mapping[str, str]:
         return {

@@ -19,6 +19,7 @@ from qvm.runtime.services import (
     restart_services,
     start_services,
     stop_services,
+    upgrade_packages,
     wait_for_services,
 )
 
@@ -31,6 +32,11 @@ ENGINE_ID_FILE = PurePosixPath("/var/lib/docker/engine-id")
 # Made anew by whoever asks for it next.
 CONTAINERD_ID_FILE = PurePosixPath("/var/lib/containerd/io.containerd.grpc.v1.introspection/uuid")
 SERVICES = ("containerd", "docker")
+UPDATED = {
+    "apt": "docker.io docker-cli docker-buildx docker-compose containerd runc",
+    "apk": "docker docker-cli docker-engine docker-cli-buildx docker-cli-compose containerd runc",
+    "dnf": "moby-engine docker-cli docker-buildx docker-compose containerd runc",
+}
 PACKAGES = {"apt": "docker.io", "apk": "docker", "dnf": "moby-engine"}
 # What dockerd takes up on SIGHUP (moby, daemon/reload.go); all else it reads once, at its start.
 RELOADABLE = frozenset({
@@ -149,6 +155,13 @@ class Docker(Runtime):
 
     async def teardown(self, guest: Guest, context: RuntimeContext) -> None:
         await guest.exec(["rm", "-f", str(DAEMON_JSON)])
+
+    async def update(self, guest: Guest, context: RuntimeContext) -> list[str]:
+        """dockerd ends its containers when it is started anew, and brings back those whose restart policy says so."""
+        changes = await upgrade_packages(guest, UPDATED, what="docker")
+        if changes:
+            await restart_services(guest, SERVICES)
+        return changes
 
     def environment(self, context: RuntimeContext) -> Mapping[str, str]:
         return {

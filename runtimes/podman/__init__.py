@@ -96,6 +96,13 @@ class Podman(Runtime):
     async def version(self, guest: Guest, context: RuntimeContext) -> str:
         return "podman " + await find_version(guest, "podman")
 
+    async def update(self, guest: Guest, context: RuntimeContext) -> list[str]:
+        """Containers run on: podman is no parent of theirs."""
+        changes = await super().update(guest, context)
+        if changes:
+            await restart_services(guest, ["podman.service"])
+        return changes
+
     def environment(self, context: RuntimeContext) -> Mapping[str, str]:
         address = f"unix://{context.host_socket('podman')}"
         return {
