@@ -59,7 +59,35 @@ def ssh_config(invocation: Invocation, /) -> None:
 @common_options(json=False, name=False)
 @click.argument("words", metavar="[--] ARGS...", nargs=-1, type=click.UNPROCESSED)
 def nerdctl(invocation: Invocation, /, *, words: tuple[str, ...]) -> int:
-    """Run nerdctl in a VM. Everything from the first word on is nerdctl's; `--` ends qvm's options before it."""
+    """Run nerdctl in a VM. Everything from the first word on is nerdctl's; `--` ends qvm's options before it.
+
+    `qvm nerdctl install [--path FILE] [--force]` makes a program `nerdctl` for this host that does the same.
+    """
+    if words[:1] == ("install",):
+        _install(invocation, list(words[1:]))
+        return 0
     from qvm.commands.ssh import run_client
 
     return run_client(invocation.profile, "nerdctl", list(words), cwd=working_directory())
+
+
+def _install(invocation: Invocation, words: list[str]) -> None:
+    from pathlib import Path
+
+    from qvm.commands.alias import install_alias
+
+    path: Path | None = None
+    force = False
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--path" and (equals or words):
+            path = Path(value if equals else words.pop(0)).expanduser()
+        elif word in ("-f", "--force"):
+            force = True
+        else:
+            raise UsageError(f"nerdctl install does not take {word!r}",
+                             hint="qvm nerdctl install [--path FILE] [--force]")
+    made = install_alias("nerdctl", invocation.profile, path=path, force=force)
+    for line in made.lines():
+        click.echo(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,13 @@ def run_client(profile: str, client: str, argv: Sequence[str], *, cwd: Path) -> 
             f"{profile!r} runs {record.config.runtime}, which has no {client}",
             hint=f"`qvm start NAME --runtime containerd` makes one that has {client}" if client == "nerdctl" else None,
         )
-    remote = remote_command(record, shlex.join([*prefix, *argv]), cwd=cwd)
+    words = [*prefix, *argv]
+    variable = runtime.credential_variables.get(client)
+    if variable is not None:
+        from qvm.commands.credentials import lend
+
+        words = lend(argv, prefix, variable, Files(profile).control_socket, os.environ)
+    remote = remote_command(record, shlex.join(words), cwd=cwd)
     return _call_ssh(record, remote, tty=_on_terminal() and _asks_terminal(argv))
 
 

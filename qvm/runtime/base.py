@@ -176,6 +176,9 @@ class Runtime(ABC):
 
     The prefix works for the guest's user as well as for root, so it holds sudo where root is needed.
     """
+    credential_variables: Mapping[str, str] = {}
+    """Clients of `commands` that can use the host's registry logins -> the variable that tells them where:
+    `NAME={folder}`, a folder with docker's config.json in it."""
     units: tuple[str, ...] = ()
     """systemd units in the guest whose journal `qvm logs runtime` shows."""
     start_timeout: float = 180.0

@@ -51,6 +51,9 @@ class Stack(Runtime):
         self.sockets = tuple(socket for layer in self.layers for socket in layer.sockets)
         self.data_folders = tuple(dict.fromkeys(folder for layer in self.layers for folder in layer.data_folders))
         self.commands = {word: prefix for layer in self.layers for word, prefix in layer.commands.items()}
+        self.credential_variables = {
+            word: variable for layer in self.layers for word, variable in layer.credential_variables.items()
+        }
         self.units = tuple(dict.fromkeys(unit for layer in self.layers for unit in layer.units))
         self.start_timeout = sum(layer.start_timeout for layer in self.layers)
         self.single_use = any(layer.single_use for layer in self.layers)

@@ -87,6 +87,7 @@ class Containerd(Runtime):
         "ctr": ("sudo", "ctr"),
         "buildctl": ("sudo", "buildctl"),
     }
+    credential_variables = {"nerdctl": "DOCKER_CONFIG={folder}"}  # noqa: RUF012  likewise
     units = ("containerd.service", "buildkit.service")
 
     async def provision(self, guest: Guest, context: RuntimeContext) -> None:

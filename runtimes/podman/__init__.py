@@ -46,6 +46,7 @@ class Podman(Runtime):
     sockets = (HostSocket("podman", SOCKET, rehearsal=b"GET /info HTTP/1.0\r\n\r\n"),)
     data_folders = (PurePosixPath("/var/lib/containers"),)
     commands = {"podman": ("sudo", "podman")}  # noqa: RUF012  # a constant of the class, as the contract has it
+    credential_variables = {"podman": "REGISTRY_AUTH_FILE={folder}/config.json"}  # noqa: RUF012  likewise
     units = ("podman.service", "podman-restart.service")
 
     async def provision(self, guest: Guest, context: RuntimeContext) -> None:
