@@ -1,4 +1,4 @@
-"""Docker against registries of the host: plain, mirrored, with a private authority and a login; and without a network."""
+"""Docker and registries of the host: plain, mirrored, with a private authority and a login; and no network at all."""
 
 from __future__ import annotations
 

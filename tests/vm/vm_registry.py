@@ -33,7 +33,7 @@ def make_certificates(folder: Path) -> tuple[Path, Path, Path]:
     def name(text: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
 
     def build(subject: str, public: ec.EllipticCurvePublicKey, *, ca: bool) -> x509.Certificate:
