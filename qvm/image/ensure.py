@@ -113,7 +113,8 @@ def _fetch(entry: Entry, progress: Progress) -> Image:
 
 
 def prune_images(*, in_use: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Remove images that are current for nothing and that no instance was made from, and bases no recipe has.
+    """Remove images that are current for nothing and that no instance was made from, bases no recipe has, and what
+    broken-off downloads have left.
 
     Imported ones stay; what was made of a file or an address goes, since it can be made again.
 
@@ -127,6 +128,7 @@ def prune_images(*, in_use: Mapping[str, str]) -> list[dict[str, Any]]:
     for folder in rootfs.bases_dir().glob("*"):
         if folder.name not in bases and ".building" not in folder.name:
             rootfs.discard_base(folder)
+    foreign.sweep_unfinished()
     return [store.remove_image(image.id) for image in store.list_images()
             if image.id not in kept and image.id not in in_use
             and not (image.is_imported and foreign.is_current(image))]

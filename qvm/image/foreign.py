@@ -21,10 +21,11 @@ from urllib.parse import urlsplit
 
 from qvm import locks, paths
 from qvm.arch import Arch
-from qvm.errors import DigestMismatchError, ImageError, UsageError
+from qvm.errors import DigestMismatchError, ImageError, LockHeldError, UsageError
 from qvm.image import store
 from qvm.image.admit import admit, choose_arch
 from qvm.image.download import digest_of, download, parse_digest
+from qvm.image.headers import read_header
 from qvm.image.store import Image
 from qvm.progress import Progress
 
@@ -116,6 +117,7 @@ def import_image(
     that is taken needs `force`. Raises UsageError, ImageError, NoSpaceError.
     """
     _stat(path)
+    read_header(path)  # what is refused anyway need not be read to its end first
     with _making(name, "any", progress) as work:
         found = _checked_digest(path, digest, progress)
         return take(path, name, arch, key=_IMPORTED, work=work, shown=str(path.absolute()), digest=found, kept=True,
@@ -189,6 +191,17 @@ def work_folder(name: str, arch: str) -> Iterator[Path]:
         yield work
     finally:
         _tidy(work)
+
+
+def sweep_unfinished() -> None:
+    """Remove what killed imports and broken-off downloads have left, where nobody works on it."""
+    for folder in store.images_dir().glob(".fetching-*"):
+        name = folder.name.removeprefix(".fetching-")
+        try:
+            with locks.lock(folder.with_name(f"{name}.lock"), what=f"the image {name}", timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except LockHeldError:
+            continue
 
 
 def _tidy(work: Path) -> None:

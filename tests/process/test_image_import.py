@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from qvm import locks
 from qvm.arch import AARCH64, X86_64
 from qvm.errors import DigestMismatchError, ImageError, NoSpaceError, UsageError
 from qvm.image import ensure, foreign, store, unpack
@@ -357,6 +358,19 @@ def test_ctrl_c_leaves_nothing(form: str, tmp_path: Path) -> None:
     assert store.list_images() == [] and not leftovers()
     time.sleep(0.3)
     assert not leftovers(), "something went on writing"
+
+
+def test_what_a_killed_import_left_is_pruned(raw: Path) -> None:
+    import_image(raw, "mine", None, progress=QUIET)
+    left = store.images_dir() / ".fetching-other-any" / "image"
+    left.mkdir(parents=True)
+    (left / "disk.raw").write_bytes(b"half")
+    busy = store.images_dir() / ".fetching-busy-any"
+    busy.mkdir()
+    with locks.lock(store.images_dir() / "busy-any.lock", what="it"):
+        child = subprocess.run([QVM, "image", "prune", "--json"], capture_output=True, check=True)
+    assert json.loads(child.stdout)["result"] == []
+    assert leftovers() == [busy.name], "it belongs to somebody"
 
 
 def test_two_at_once_make_one(raw: Path) -> None:
