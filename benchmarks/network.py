@@ -40,7 +40,7 @@ def answer(peer):
     with peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         head = peer.recv(16, socket.MSG_WAITALL)
-        kind, number = head[:1], int(head[1:] or b"0")
+        kind, number = head[:1], int(head[1:].strip() or b"0")
         if kind == b"e":
             while data := peer.recv(65536): peer.sendall(data)
         elif kind == b"s":
