@@ -55,10 +55,8 @@ class Arch:
     """Bytes of RAM such a machine can have; None: as much as the host gives."""
     strong_order: bool = False
     """Whether its memory model is stronger than Arm's."""
-    power_button: bool = True
-    """Whether QEMU can press one that the guest hears."""
-    restores: bool = True
-    """Whether a machine goes on from a saved state: tried out, see ARCHITECTURE.md."""
+    restores_from: tuple[int, int, int] | None = (0, 0, 0)
+    """The QEMU from which on a machine goes on from a saved state (tried out, see ARCHITECTURE.md); None: with none."""
     user_emulator: str = field(default="")
     """QEMU's user emulator and its binfmt_misc entry, without "qemu-", where it is not `name`."""
 
@@ -110,7 +108,7 @@ X86_64 = Arch(
 )  # fmt: skip
 AARCH64 = Arch(
     "aarch64", debian="arm64", oci="arm64", go="arm64", machine="virt", console="ttyAMA0",
-    kernel_package="linux-image-arm64", tcg_cpu="max,pauth-impdef=on", ram_start=_GIB,
+    kernel_package="linux-image-arm64", tcg_cpu="max,pauth=off,lpa2=off", ram_start=_GIB,
     qemu_packages=_packages("qemu-system-arm", "qemu-system-aarch64", "qemu-system-aarch64", "qemu-arm",
                             "qemu-system-aarch64"),
     firmware_packages={"apt": "qemu-efi-aarch64", "dnf": "edk2-aarch64", "pacman": "edk2-aarch64",
@@ -128,7 +126,8 @@ ARMV7L = Arch(
 )  # fmt: skip
 RISCV64 = Arch(
     "riscv64", debian="riscv64", oci="riscv64", go="riscv64", machine="virt", console="ttyS0",
-    kernel_package="linux-image-riscv64", tcg_cpu="rv64", ram_start=2 * _GIB, power_button=False,
+    kernel_package="linux-image-riscv64", tcg_cpu="rv64", ram_start=2 * _GIB,
+    restores_from=(10, 0, 0),
     qemu_packages=_packages(("qemu-system-riscv", "qemu-system-misc"), "qemu-system-riscv", "qemu-system-riscv",
                             "qemu-extra", "qemu-system-riscv64"),
     firmware_packages={"apt": "qemu-efi-riscv64", "dnf": "edk2-riscv64", "pacman": "edk2-riscv64",
@@ -137,6 +136,7 @@ RISCV64 = Arch(
 PPC64LE = Arch(
     "ppc64le", debian="ppc64el", oci="ppc64le", go="ppc64le", qemu="ppc64", machine="pseries", console="hvc0",
     kernel_package="linux-image-powerpc64le", tcg_cpu="power9", bus="pci",
+    restores_from=None,
     qemu_packages=_packages("qemu-system-ppc", "qemu-system-ppc", "qemu-system-ppc", "qemu-ppc", "qemu-system-ppc64"),
     firmware_packages={},
 )  # fmt: skip

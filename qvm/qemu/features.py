@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qvm.arch import find_arch
+from qvm.errors import QemuError
+
 
 @dataclass(frozen=True, slots=True)
 class Firmware:
@@ -61,6 +64,16 @@ class QemuFeatures:
     def has(self, device: str, prop: str | None = None) -> bool:
         """Whether the device (or that property of it) exists in this build."""
         return device in self.devices if prop is None else f"{device}.{prop}" in self.properties
+
+    def require_restore(self) -> None:
+        """QemuError where a machine of this QEMU does not go on from a saved state: no fork, suspension or snapshot."""
+        arch = find_arch(self.arch)
+        since = arch.restores_from if arch else None
+        if since is None:
+            raise QemuError(f"QEMU does not restore {self.arch} machines")
+        if self.version < since:
+            raise QemuError(f"QEMU before {since[0]}.{since[1]} does not restore {self.arch} machines "
+                            f"(this is {self.version_text})")
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -142,6 +142,7 @@ class Freezer:
         arch = find_arch(config.arch)
         assert arch is not None, "validated when the record was made"
         features = await asyncio.to_thread(probe_qemu, arch)
+        features.require_restore()
         shape = await read_shape(machine.monitor, config.arch)
         self.report.streamed = can_read_memory(machine.run.qemu.pid)
         self._partial = states.begin_state(self.folder)

@@ -58,6 +58,7 @@ def ensure_warm(request: WarmRequest, *, count: int = 1, progress: Progress) -> 
     Raises QvmError where the machine does not come up; nothing is left then. A maker that is killed takes its machine
     with it. Must be called from the main thread.
     """
+    request.features.require_restore()
     key = warm_key(request)
     wanted = count if request.single_use else 1
     if len(fresh := find_fresh(key)) >= wanted:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qvm.agentbundle import agent_source
-from qvm.arch import X86_64, Arch
+from qvm.arch import Arch
 from qvm.config.model import Config
 from qvm.filenames import FIRMWARE_VARS
 from qvm.image.store import Image
@@ -72,7 +72,7 @@ class WarmRequest:
 def choose_memory(wanted: int, arch: Arch) -> int:
     """The memory of the warm image that serves `wanted` bytes: the common size where the rest can be plugged in."""
     rest = wanted - COMMON_MEMORY
-    if arch is X86_64 and 0 <= rest <= PLUGGABLE_MEMORY and rest % MEMORY_BLOCK == 0:
+    if arch.memory_plug == "dimm" and 0 <= rest <= PLUGGABLE_MEMORY and rest % MEMORY_BLOCK == 0:
         return COMMON_MEMORY
     return wanted
 

@@ -178,6 +178,17 @@ def test_a_disk_of_power_or_z_boots_by_the_machines_own_firmware() -> None:
         assert [value for value in values(argv, "-device") if "bootindex=0" in value and "drive=disk-root" in value]
 
 
+def test_states_are_only_restored_where_that_was_seen_to_work() -> None:
+    for arch, version, works in (("x86_64", "7.2", True), ("aarch64", "7.2", True), ("armv7l", "7.2", True),
+                                 ("s390x", "7.2", True), ("riscv64", "7.2", False), ("riscv64", "10.0", True),
+                                 ("ppc64le", "10.0", False)):
+        if works:
+            load_features(arch, version).require_restore()
+        else:
+            with pytest.raises(QemuError, match=f"does not restore {arch} machines"):
+                load_features(arch, version).require_restore()
+
+
 def test_a_32_bit_machine_has_so_much_memory_and_no_more() -> None:
     features = load_features("armv7l", "7.2")
     build_argv(replace(make_spec("armv7l", "tcg"), memory=3 * GiB), features)
