@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from qvm.arch import AARCH64, X86_64, host_arch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOLS = REPOSITORY / "tests" / "tools"
 QVM = Path(sys.executable).with_name("qvm")
@@ -163,6 +165,15 @@ def busybox_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("images") / "busybox.tar"
     subprocess.run(["tar", "-C", root, "-cf", target, "."], check=True)
     return target
+
+
+@pytest.fixture(scope="session")
+def foreign_busybox(cache_home: Path) -> Path:
+    """Static busybox of the other of x86_64 and aarch64, named after Debian's word for it, fetched once."""
+    arch = AARCH64 if host_arch() is X86_64 else X86_64
+    folder = cache_home / "test-tools" / "busybox"
+    subprocess.run([TOOLS / "fetch-busybox.sh", folder, arch.debian], check=True, capture_output=True, timeout=600)
+    return folder / f"busybox-{arch.debian}"
 
 
 @pytest.fixture(scope="session")

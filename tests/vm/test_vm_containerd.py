@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import User, fetch, wait_for
 
+from qvm.arch import AARCH64, X86_64, host_arch
+
+FAR = AARCH64 if host_arch() is X86_64 else X86_64
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(1200)]
 
 
@@ -61,5 +64,16 @@ def test_guest_is_what_was_asked_for(box: User) -> None:
     assert ports and all(line == "root 600" for line in ports)
 
 
-def test_binfmt_is_registered(box: User) -> None:
-    assert "enabled" in box.qvm("ssh", "--", "cat /proc/sys/fs/binfmt_misc/qemu-aarch64").stdout
+def test_another_architectures_containers_run_and_are_built(box: User, foreign_busybox: Path) -> None:
+    wait_for(lambda: FAR.oci_platform in (box.status("default")["binfmt"] or []), 60, "the emulators' registration")
+    project = box.work / "far"
+    project.mkdir()
+    shutil.copy(foreign_busybox, project / "busybox")
+    (project / "Dockerfile").write_text(
+        'FROM scratch\nCOPY busybox /busybox\nRUN ["/busybox", "sh", "-c", "/busybox uname -m >/built"]\n'
+    )
+    platform = ("--platform", FAR.oci_platform)
+    box.qvm("nerdctl", "--", "build", *platform, "-t", "far", ".", cwd=project)
+    shown = box.qvm("nerdctl", "--", "run", "--rm", *platform, "far", "/busybox", "sh", "-c",
+                    "/busybox uname -m; /busybox cat /built")
+    assert shown.stdout.split() == [FAR.name, FAR.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import User, fetch, use_plugins, wait_for
 
+from qvm.arch import AARCH64, X86_64, host_arch
+
+FAR = AARCH64 if host_arch() is X86_64 else X86_64
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(1200)]
 
 
@@ -119,6 +123,29 @@ def test_build_from_scratch_and_compose(dev: User, busybox_tar: Path) -> None:
     dev.docker("compose", "down", cwd=project)
 
 
+def emulated(dev: User) -> str:
+    """What `uname -m` says in a container of the other architecture."""
+    done = dev.docker("run", "--rm", "--platform", FAR.oci_platform, "busybox:far", "/busybox", "uname", "-m")
+    return done.stdout.strip()
+
+
+def test_another_architectures_containers_run_and_are_built(dev: User, foreign_busybox: Path) -> None:
+    """By binfmt_misc, in a fork of a warm image."""
+    assert wait_for(lambda: FAR.oci_platform in (dev.status("dev")["binfmt"] or []), 60, "the emulators' registration")
+    assert FAR.oci_platform in dev.qvm("status", "dev").stdout
+    project = dev.work / "far"
+    project.mkdir()
+    shutil.copy(foreign_busybox, project / "busybox")
+    (project / "Dockerfile").write_text(
+        "FROM scratch\nCOPY busybox /busybox\n"
+        'RUN ["/busybox", "sh", "-c", "/busybox uname -m >/built"]\nCMD ["/busybox", "cat", "/built"]\n'
+    )
+    dev.docker("build", "--platform", FAR.oci_platform, "-t", "busybox:far", ".", cwd=project)
+    assert dev.docker("run", "--rm", "--platform", FAR.oci_platform, "busybox:far").stdout.strip() == FAR.name
+    assert dev.docker("image", "inspect", "-f", "{{.Architecture}}", "busybox:far").stdout.strip() == FAR.oci
+    assert emulated(dev) == FAR.name
+
+
 def test_logs(dev: User) -> None:
     assert dev.qvm("logs", "dev", "serial").stdout
     assert "ready" in dev.qvm("logs", "dev", "supervisor").stdout
@@ -149,8 +176,12 @@ def test_stop_restores_context_and_start_keeps_containers(dev: User) -> None:
     assert dev.processes() == []
     dev.qvm("start", "dev")
     assert dev.docker("exec", "kept", "cat", "/data/file").stdout == "stays\n"
-    dev.qvm("restart", "dev", "--cpus", "1")
+    assert wait_for(lambda: dev.status("dev")["binfmt"], 120, "the emulators after a cold boot")
+    assert emulated(dev) == FAR.name
+    dev.qvm("restart", "dev", "--cpus", "1", "--no-binfmt")
     assert dev.qvm("ssh", "dev", "--", "nproc").stdout.strip() == "1"
+    assert wait_for(lambda: dev.status("dev")["binfmt"] == [], 120, "the emulators are off")
+    assert "qemu-" not in dev.qvm("ssh", "dev", "--", "ls", "/proc/sys/fs/binfmt_misc").stdout
     dev.docker("rm", "-f", "kept")
 
 
