@@ -47,6 +47,7 @@ def render_status(status: Mapping[str, Any]) -> str:
     rows += [("mount", _mount(mount)) for mount in status.get("mounts", ())]
     rows += [("socket", str(path)) for path in status.get("sockets", {}).values()]
     rows += [("variable", f"{name}={value}") for name, value in status.get("environment", {}).items()]
+    rows += [("port", f"{name} at 127.0.0.1:{port}") for name, port in (status.get("ports") or {}).items()]
     rows += [("port", _forward(forward)) for forward in status.get("forwards", ())]
     rows.append(("emulates", ", ".join(status.get("binfmt") or ())))
     if status.get("state") != "running":

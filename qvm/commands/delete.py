@@ -45,13 +45,14 @@ def _stop_and_withdraw(profile: str, *, force: bool, progress: Progress) -> Reco
         return None
     if record is None:
         return None
-    from qvm.runtime.stack import load_stack
+    from qvm.runtime.stack import load_stack, withdraw_absent
     from qvm.supervisor.context import runtime_context
 
     stop_locked(profile, force=force, progress=progress)
     runtime = load_stack(record.config)
     context = runtime_context(record)
     runtime.deactivate(context, remove=True)
+    withdraw_absent(runtime, context)
     for socket in runtime.sockets:
         context.host_socket(socket.name).unlink(missing_ok=True)
     return record

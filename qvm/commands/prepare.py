@@ -24,8 +24,8 @@ from qvm.progress import Progress
 from qvm.qemu.accel import choose_accelerator
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.probe import probe_qemu
-from qvm.runtime.base import Runtime
-from qvm.runtime.stack import load_stack
+from qvm.runtime.base import Runtime, RuntimeContext
+from qvm.runtime.stack import load_stack, withdraw_absent
 from qvm.seed.iso import write_iso
 from qvm.seed.render import render_seed
 from qvm.supervisor.assemble import build_seed, mac_address
@@ -78,7 +78,11 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
         ssh_port=choose_ssh_port(config.ssh_port, record.ssh_port if record else 0),
         notes=tuple(notes),
     )
-    runtime.prepare_host(runtime_context(record), progress)
+    context = runtime_context(record)
+    check_host_ports(runtime, context)
+    runtime.prepare_host(context, progress)
+    for note in withdraw_absent(runtime, context):
+        progress.note(note)
     drop_unused_fork(config.profile)
     warm = None
     if not cold and not Files(config.profile).root_disk.exists():
@@ -151,6 +155,14 @@ def choose_ssh_port(wanted: int, last: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def check_host_ports(runtime: Runtime, context: RuntimeContext) -> None:
+    """PortTakenError where a port that the user wished for a runtime is somebody else's."""
+    for entry in runtime.host_ports(context):
+        if entry.wish and not _port_is_free(entry.wish):
+            raise PortTakenError(f"port {entry.wish} on 127.0.0.1 is taken, which {entry.name} was to have",
+                                 hint="end what listens there, or leave the choice to qvm")
 
 
 def _port_is_free(port: int) -> bool:

@@ -41,6 +41,7 @@ def status(profile: str) -> dict[str, Any]:
         }
     if served is not None:
         result |= {key: served[key] for key in ("supervisor_pid", "requirements", "forwards", "sockets")}
+        result["ports"] = served.get("ports", {})
         result["binfmt"] = served.get("binfmt")
         result["forward_events"] = served.get("forward_events", [])
         result["environment"] = served.get("environment", {})  # absent from a supervisor of an older qvm

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from qvm.config.model import Config
+from qvm.config.plugins import list_runtime_names
 from qvm.errors import UsageError
 from qvm.runtime.base import Guest, HostPort, Progress, ReadyCheck, Runtime, RuntimeContext
 from qvm.runtime.checking import wait_for_checks
@@ -147,6 +148,17 @@ class Stack(Runtime):
     def deactivate(self, context: RuntimeContext, *, remove: bool) -> list[str]:
         return [note for layer, own in reversed(self.parts(context))
                 for note in layer.deactivate(own, remove=remove) or ()]
+
+
+def withdraw_absent(stack: Stack, context: RuntimeContext) -> list[str]:
+    """Take back what add-ons have published that this profile had once and has no more; returns notes."""
+    folders = context.state_folder.iterdir() if context.state_folder.is_dir() else ()
+    notes: list[str] = []
+    for name in sorted(folder.name for folder in folders if folder.is_dir()):
+        if stack.find(name) is None and name in list_runtime_names():
+            own = context.own(name, addon_to=stack.layers[0].name)
+            notes += load_runtime(name).deactivate(own, remove=True) or ()
+    return notes
 
 
 def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,8 +146,9 @@ def server_args(primary: str, extra: Sequence[str]) -> list[str]:
 
     A user who chooses what is disabled chooses all of it.
     """
+    # Of a containerd that is not its own k3s does not ask how it makes cgroups.
     runtime = ["--docker"] if primary == "docker" else [
-        "--container-runtime-endpoint=unix:///run/containerd/containerd.sock"
+        "--container-runtime-endpoint=unix:///run/containerd/containerd.sock", "--kubelet-arg=cgroup-driver=systemd",
     ]
     chosen = any(word.split("=")[0] == "--disable" for word in extra)
     return [

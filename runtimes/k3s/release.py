@@ -172,7 +172,14 @@ def supplied(place: Path) -> Artifacts:
         raise UsageError(f"QVM_K3S names {place}, and there is no k3s",
                          hint="name a binary, or a folder that has `k3s` and archives of images")
     images = sorted(path for path in place.glob("*.tar*") if path.is_file()) if place.is_dir() else []
-    return Artifacts("supplied", binary, digest_of(binary, "sha256"), tuple(images))
+    stat = binary.stat()
+    return Artifacts("supplied", binary, _digest(binary, stat.st_size, stat.st_mtime_ns), tuple(images))
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Of a large file, once for each content that a process sees."""
+    return digest_of(path, "sha256")
 
 
 def _obtain_list(version: str, arch: str, folder: Path) -> dict[str, str]:

@@ -16,7 +16,9 @@ from qvm.runtime import stack as module
 from qvm.runtime.base import Guest, HostPort, HostSocket, Needs, ReadyCheck, Runtime, RuntimeContext
 from qvm.runtime.checking import wait_for_checks
 from qvm.runtime.services import ensure_needs, upgrade_packages
-from qvm.runtime.stack import Stack, load_stack, merge_settings, sections_of
+from qvm.runtime.stack import Stack, load_stack, merge_settings, sections_of, withdraw_absent
+from runtimes.k3s import kubefiles
+from runtimes.k3s.kubeconfig import Access, build_entries
 
 LOG: list[str] = []
 
@@ -162,6 +164,19 @@ def test_every_entry_point_of_ours_is_a_runtime_with_needs_that_can_be_met() -> 
         runtime = module.load_runtime(name)
         assert isinstance(runtime.needs, Needs)
         assert not runtime.needs.packages or {"apt", "apk", "dnf"} == set(runtime.needs.packages)
+
+
+def test_what_an_addon_had_published_goes_with_it(tmp_path: Path) -> None:
+    context = make_context(tmp_path, HOME=str(tmp_path))
+    state = context.state_folder / "k3s"
+    state.mkdir(parents=True)
+    home = str(context.folder.parent)
+    entries = build_entries("qvm-dev", Access("https://127.0.0.1:1", "Q0E=", "Q0U=", "S0U="), home=home)
+    kubefiles.publish([tmp_path / "config"], entries, state / "kubeconfig.json", home=home, switch=True)
+    assert withdraw_absent(load_stack(config(kubernetes=True)), context) == []
+    assert (tmp_path / "config").exists()
+    assert withdraw_absent(load_stack(config()), context) == []
+    assert not (tmp_path / "config").exists()
 
 
 # --- what must answer
