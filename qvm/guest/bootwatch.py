@@ -72,16 +72,9 @@ async def watch_boot(log: Path, tell: Tell | None, *, start: int) -> str:
             return phases.panic
 
 
-def panic_error(watch: PanicWatch, error: NotReadyError) -> NotReadyError:
-    """`error`, or what is behind it: the kernel's panic."""
-    if watch.panic is None:
-        return error
-    return NotReadyError(PANIC_REQUIREMENT, f"the guest's kernel gave up ({watch.panic})", details=error.details,
-                         hint="`qvm logs serial` shows what it said before")
-
-
 class PanicWatch:
-    """Ends a machine whose kernel panics while it boots. Use as a context manager around the waiting."""
+    """Ends a machine whose kernel panics while it boots. Use as a context manager around the waiting: a NotReadyError
+    that follows from the panic leaves it as one that says so."""
 
     def __init__(self, log: Path, tell: Tell | None, end: Callable[[], Awaitable[object]]) -> None:
         self.panic: str | None = None
@@ -92,8 +85,11 @@ class PanicWatch:
         self._task = asyncio.create_task(self._watch(), name="watch the boot")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._task.cancel()
+        if isinstance(error, NotReadyError) and self.panic is not None:
+            raise NotReadyError(PANIC_REQUIREMENT, f"the guest's kernel gave up ({self.panic})", details=error.details,
+                                hint="`qvm logs serial` shows what it said before") from error
 
     async def _watch(self) -> None:
         self.panic = await watch_boot(self._log, self._tell, start=self._start)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from qvm.errors import InstanceStateError, NotReadyError, QvmError
 from qvm.filenames import Files
-from qvm.guest.bootwatch import PANIC_REQUIREMENT, PanicWatch, panic_error
+from qvm.guest.bootwatch import PANIC_REQUIREMENT, PanicWatch
 from qvm.guest.requirements import wait_until_ready
 from qvm.guest.ssh import SshTarget
 from qvm.image.store import Image, load_image
@@ -247,11 +247,9 @@ class Supervisor:
                            self.files.serial_log, lambda it: self.bus.publish("note", text=it), self.image.is_foreign)
         wanted = build_requirements(parts, agent=said_hello)
         self.requirements = {requirement.name: "waiting" for requirement in wanted}
-        with PanicWatch(self.files.serial_log, self._on_phase if parts.foreign else None, self.monitor.quit) as watch:
+        with PanicWatch(self.files.serial_log, self._on_phase if parts.foreign else None, self.monitor.quit):
             try:
                 await self._unless_qemu_ends(wait_until_ready(wanted, self._on_requirement))
-            except NotReadyError as error:
-                raise panic_error(watch, error) from error
             finally:
                 said_hello.cancel()
         await self._publish_ready(None)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qvm import paths
 from qvm.errors import GuestError, NotReadyError, QemuError, QvmError
-from qvm.guest.bootwatch import PANIC_REQUIREMENT, PanicWatch, panic_error
+from qvm.guest.bootwatch import PANIC_REQUIREMENT, PanicWatch
 from qvm.guest.channel import AgentChannel
 from qvm.guest.keys import ensure_key
 from qvm.image.disk import create_data_disk, create_disk, create_overlay, disk_info
@@ -218,13 +218,10 @@ class _Maker:
 
         log = self.folder / "qemu.log"
         tell = self._tell_phase if self.request.image.is_foreign else None
-        with PanicWatch(spec.serial_log, tell, monitor.quit) as watch:
-            try:
-                await monitor.unless_closed(hello(), lambda: NotReadyError(
-                    "qemu", "QEMU ended while the warm image booted", log_path=log, details=tail_of(log) or None
-                ))  # fmt: skip
-            except NotReadyError as error:
-                raise panic_error(watch, error) from error
+        with PanicWatch(spec.serial_log, tell, monitor.quit):
+            await monitor.unless_closed(hello(), lambda: NotReadyError(
+                "qemu", "QEMU ended while the warm image booted", log_path=log, details=tail_of(log) or None
+            ))  # fmt: skip
 
     def _tell_phase(self, name: str, state: str, seconds: float) -> None:
         self.tell(f"warm {name}", state, seconds)

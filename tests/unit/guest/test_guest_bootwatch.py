@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qvm.errors import NotReadyError
 from qvm.guest import bootwatch
-from qvm.guest.bootwatch import PanicWatch, Phases, watch_boot
+from qvm.guest.bootwatch import PANIC_REQUIREMENT, PanicWatch, Phases, watch_boot
 
 KERNEL = b"[    0.000000] Linux version 6.12.0 (gcc) #1 SMP\r\n"
 SYSTEMD = b"[    9.120000] systemd[1]: systemd 257 running in system mode\r\n"
@@ -45,19 +46,21 @@ def test_a_machine_that_panics_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(bootwatch, "LOOK", 0.01)
     log = tmp_path / "serial.log"
 
-    async def follow() -> str | None:
+    async def follow() -> None:
         ended = asyncio.Event()
 
         async def end() -> None:
             ended.set()
 
-        with PanicWatch(log, None, end) as watch:
+        with PanicWatch(log, None, end):
             log.write_bytes(KERNEL + b"Kernel panic - not syncing: VFS\n")
             async with asyncio.timeout(5):
                 await ended.wait()
-        return watch.panic
+            raise NotReadyError("qemu", "QEMU ended")
 
-    assert asyncio.run(follow()) == "Kernel panic - not syncing: VFS"
+    with pytest.raises(NotReadyError, match=r"kernel gave up \(Kernel panic - not syncing: VFS\)") as raised:
+        asyncio.run(follow())
+    assert raised.value.requirement == PANIC_REQUIREMENT
 
 
 def test_only_what_comes_from_now_on_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
