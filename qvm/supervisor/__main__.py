@@ -32,7 +32,7 @@ GOODBYE = 0.02
 
 def handlers(supervisor: Supervisor) -> dict[str, Handler]:
     async def status(request: dict[str, Any], send: Send) -> dict[str, Any]:
-        return supervisor.status()
+        return {**supervisor.status(), "environment": dict(supervisor.runtime.environment(supervisor.context))}
 
     async def watch(request: dict[str, Any], send: Send) -> dict[str, Any]:
         """Stream events until the instance is ready, has failed or has stopped."""

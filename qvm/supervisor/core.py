@@ -393,7 +393,6 @@ class Supervisor:
             "forwards": self.link.forwards() if self.link else [],
             "forward_events": self.link.forward_events() if self.link else [],
             "sockets": self.link.sockets() if self.link else {},
-            "environment": dict(self.runtime.environment(self.context)),
             "ports": self.publishing.ports() if self.publishing else {},
             "binfmt": self.emulation.platforms,
         }
