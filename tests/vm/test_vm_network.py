@@ -1,5 +1,5 @@
-"""Forwards of one real guest: every kind, load, and coming back. Full counts, as in test_forward_load.py:
-QVM_TEST_CONNECTIONS=10000 QVM_TEST_AT_ONCE=500 QVM_TEST_TRANSFER=2048 QVM_TEST_RESTARTS=100; `-s` shows how long each took."""
+"""Forwards of one real guest: every kind, load, and coming back. `-s` shows how long what took. Full counts, as in
+test_forward_load.py: QVM_TEST_CONNECTIONS=10000 QVM_TEST_AT_ONCE=500 QVM_TEST_TRANSFER=2048 QVM_TEST_RESTARTS=100."""
 
 from __future__ import annotations
 
