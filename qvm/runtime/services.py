@@ -13,6 +13,8 @@ from qvm.errors import DeadlineError, GuestCommandError, GuestError
 from qvm.runtime.base import Guest, Needs
 
 INSTALL_TIMEOUT = 1800.0
+LOOK_TIMEOUT = 300.0
+"""Seconds. Loading modules takes one, but the rest of a foreign image's boot may go on beside it."""
 STOP_TIMEOUT = 60.0
 PATIENCE = 5.0
 """Seconds one call of `wait_for_services` may take."""
@@ -113,7 +115,7 @@ async def ensure_needs(guest: Guest, needs: Needs, *, what: str) -> None:
         return
     try:
         look = await guest.exec(["sh", "-c", _LOOK, "look", *needs.kernel_modules],
-                                env={"QVM_PROGRAMS": " ".join(needs.programs)})
+                                env={"QVM_PROGRAMS": " ".join(needs.programs)}, timeout=LOOK_TIMEOUT)
     except GuestCommandError as error:
         raise GuestError(f"the guest's kernel lacks a module that {what} needs", details=error.details,
                          hint="use qvm's own image (--image debian-13)") from error

@@ -198,6 +198,8 @@ class _Maker:
             if seed.state != "applied":
                 raise GuestError("the guest could not be set up", details="\n".join(seed.errors))
             self._done("warm seed")
+            if self.request.image.is_foreign:  # before packages are installed, its own services have to be up
+                await channel.exec(["sh", "-c", _UNTIL_QUIET], check=False, timeout=self.boot_timeout)
             version = await self._start_runtime(channel)
             # What the boot has left to do, each fork would have to do again.
             await channel.exec(["sh", "-c", _UNTIL_QUIET], check=False, timeout=self.boot_timeout)
