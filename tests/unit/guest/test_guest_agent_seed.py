@@ -195,27 +195,33 @@ def test_ports_that_cni_redirects_are_reported(tmp_path: Path) -> None:
     ])
     (results / "half-written").write_text('{"capabilityArgs": {"portM')
     (results / "none").write_text('{"capabilityArgs": null}')
-    assert listeners.redirected() == {("0.0.0.0", 8080), ("127.0.0.1", 8081)}
+    wanted = {("tcp", "0.0.0.0", 8080), ("tcp", "127.0.0.1", 8081), ("udp", "0.0.0.0", 53)}
+    assert listeners.redirected() == wanted
     # A restarted agent knows what was stale before it, and what is not.
     again = agent.Listeners(str(tmp_path))
     again.remember_stale()
-    assert again.redirected() == {("0.0.0.0", 8080), ("127.0.0.1", 8081)}
+    assert again.redirected() == wanted
     (results / "bridge-1-eth0").unlink()
     assert listeners.redirected() == set()
 
 
-def test_netlink_and_proc_tell_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_netlink_and_proc_tell_the_same(tmp_path: Path, protocol: str) -> None:
     listeners = agent.Listeners(str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as four, \
-         socket.create_server(("::1", 0), family=socket.AF_INET6) as six:
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as four, socket.socket(socket.AF_INET6, kind) as six:
+        for sock, address in ((four, "127.0.0.1"), (six, "::1")):
+            sock.bind((address, 0))
+            if protocol == "tcp":
+                sock.listen()
         wanted = {("127.0.0.1", four.getsockname()[1]), ("::1", six.getsockname()[1])}
-        assert wanted <= listeners.by_proc()
+        assert wanted <= listeners.by_proc(protocol)
+        assert {(protocol, *each) for each in wanted} <= listeners.listening()
         try:
-            found = listeners.by_netlink(socket.AF_INET) | listeners.by_netlink(socket.AF_INET6)
+            found = listeners.by_netlink(protocol, socket.AF_INET) | listeners.by_netlink(protocol, socket.AF_INET6)
         except OSError as error:
-            pytest.skip(f"this kernel has no sock_diag for TCP ({error}); a kernel with inet_diag shows it")
+            pytest.skip(f"this kernel has no sock_diag for {protocol} ({error}); one with {protocol}_diag shows it")
         assert wanted <= found
-    assert listeners.listening() >= set()
 
 
 def test_a_mount_needs_a_place(tmp_path: Path) -> None:
