@@ -17,7 +17,7 @@ from qvm.errors import HostError, PortTakenError, QvmError, UsageError
 from qvm.filenames import Files, check_socket_path
 from qvm.guest.keys import ensure_key, known_hosts_text, ssh_config_text
 from qvm.image.ensure import ensure_image
-from qvm.image.store import Image, find_image_by_id
+from qvm.image.store import Image, find_image_by_id, find_proof_files
 from qvm.instance.record import GuestUser, Record
 from qvm.instance.store import save_record
 from qvm.progress import Progress
@@ -64,8 +64,9 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
         raise UsageError(f"unknown architecture {config.arch!r}")
     features = probe_qemu(arch)
     image = obtain_image(config, record, arch, progress=progress)
+    kernel, initrd = find_proof_files(image)
     with progress.step("checking the accelerator"):
-        choice = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd,
+        choice = choose_accelerator(config.accel, arch, features, kernel=kernel, initrd=initrd,
                                     memory=config.memory)
     notes = [choice.note] if choice.note else []
     for note in notes:

@@ -187,6 +187,7 @@ class _Maker:
     def make(self) -> tuple[RunPlan, dict[str, str], list[Path]]:
         from qvm.arch import find_arch
         from qvm.image.ensure import ensure_image
+        from qvm.image.store import find_proof_files
         from qvm.qemu.accel import choose_accelerator
         from qvm.qemu.probe import probe_qemu
         from qvm.runtime.registry import load_runtime
@@ -196,7 +197,8 @@ class _Maker:
         assert arch is not None, "validated when it was resolved"
         runtime, features = load_runtime(config.runtime), probe_qemu(arch)
         image = ensure_image(config.image, arch, progress=self.progress)
-        choice = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd,
+        kernel, initrd = find_proof_files(image)
+        choice = choose_accelerator(config.accel, arch, features, kernel=kernel, initrd=initrd,
                                     memory=config.memory)
         request, warm = self._warm(config, image, features, choice.accel, runtime)
         spec = _own_spec(config, image, arch, choice.accel, request)

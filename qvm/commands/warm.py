@@ -11,6 +11,7 @@ from qvm.arch import find_arch
 from qvm.config.resolve import resolve_config
 from qvm.errors import InstanceStateError, UsageError
 from qvm.image.ensure import ensure_image
+from qvm.image.store import find_proof_files
 from qvm.progress import Progress
 from qvm.qemu.accel import choose_accelerator
 from qvm.qemu.probe import probe_qemu
@@ -35,7 +36,8 @@ def warm(
     runtime, features = load_stack(config), probe_qemu(arch)
     image = ensure_image(config.image, arch, progress=progress)
     runtime.prepare_host(nobodys_context(sections_of(config), arch, paths.cache_home()), progress)
-    accel = choose_accelerator(config.accel, arch, features, kernel=image.kernel, initrd=image.initrd,
+    kernel, initrd = find_proof_files(image)
+    accel = choose_accelerator(config.accel, arch, features, kernel=kernel, initrd=initrd,
                                memory=config.memory).accel
     stage = BASE if base else RUNTIME
     reason = warm_obstacle(config, image, runtime, stage=stage)

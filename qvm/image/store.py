@@ -198,6 +198,15 @@ def list_images() -> list[Image]:
     return sorted(found, key=lambda image: -int(image.manifest.get("created", 0)))
 
 
+def find_proof_files(image: Image) -> tuple[Path | None, Path | None]:
+    """Kernel and initrd that an accelerator is proven with: the image's own, or, where it has none beside its disk,
+    those of an image that qvm built for the same architecture. (None, None) where there is none."""
+    if not image.is_foreign:
+        return image.kernel, image.initrd
+    built = next((each for each in list_images() if each.arch == image.arch and not each.is_foreign), image)
+    return built.kernel, built.initrd
+
+
 def remove_images(name: str, *, in_use: Mapping[str, str]) -> list[dict[str, Any]]:
     """Remove every image called `name`, or the one whose id begins so; what each was is returned.
 

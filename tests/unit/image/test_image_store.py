@@ -113,6 +113,21 @@ def test_find_by_part_of_the_id() -> None:
     assert store.find_image_by_id(image.id[:16] + "0" * 48) is None
 
 
+def test_what_an_accelerator_is_proven_with() -> None:
+    foreign = make_foreign()
+    assert store.find_proof_files(foreign) == (None, None)
+    own = make()
+    assert store.find_proof_files(own) == store.find_proof_files(foreign) == (own.kernel, own.initrd)
+
+
+def make_foreign() -> Image:
+    folder = store.images_dir() / ".fetching"
+    folder.mkdir()
+    (folder / "disk.raw").write_bytes(b"disk")
+    manifest = {"name": "mine", "arch": "x86_64", "format": "raw", "cmdline": "", "files": {"disk": "disk.raw"}}
+    return store.publish(folder, store.seal(folder, manifest), key="imported")
+
+
 def test_remove_by_name_and_id() -> None:
     first, second = make(b"1"), make(b"2")
     third = make(b"3", name="other")
