@@ -20,6 +20,7 @@ from .yamledit import (
     add_key,
     compose,
     get_scalar,
+    load,
     null_spelling,
     remove_item,
     set_empty,
@@ -150,19 +151,6 @@ def spell(name: str) -> str:
 
 def context_names(text: str) -> list[str]:
     return [str(entry.get("name")) for entry in load(text).get("contexts") or () if isinstance(entry, dict)]
-
-
-def load(text: str) -> dict[str, Any]:
-    """The document; CannotEditError where it is not one mapping."""
-    try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise CannotEditError(f"is not one YAML document ({str(error).splitlines()[0]})") from error
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise CannotEditError("is not a mapping")
-    return document
 
 
 def is_ours(key: str, entry: dict[str, Any], home: str) -> bool:

@@ -19,6 +19,8 @@ from . import kubeconfig
 from .kubeconfig import ForeignEntryError
 from .yamledit import CannotEditError
 
+_MARK = "\ufeff"
+"""Editors of another system begin a file with it; places in the text are counted behind it."""
 LOCK_PATIENCE = 5.0
 """Seconds another writer may hold a file. kubectl's own changes take milliseconds."""
 
@@ -139,7 +141,7 @@ def _current_file(files: list[Path], fallback: Path) -> Path:
         if not path.exists():
             continue
         try:
-            there = kubeconfig.current(_read(path))
+            there = kubeconfig.current(_read(path).removeprefix(_MARK))
         except CannotEditError:
             continue  # kubectl cannot read it either, and says so better than we could
         if there is not None and there[0]:
@@ -153,13 +155,14 @@ def _changing(path: Path) -> Iterator[tuple[str, Any]]:
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
     with _locked(path):
-        text = _read(target)
+        whole = _read(target)
+        mark = _MARK if whole.startswith(_MARK) else ""
 
         def write(changed: str) -> None:
-            if changed != text or not target.exists():
-                _replace(target, changed.encode())
+            if mark + changed != whole or not target.exists():
+                _replace(target, (mark + changed).encode())
 
-        yield text, write
+        yield whole.removeprefix(mark), write
 
 
 def _read(path: Path) -> str:

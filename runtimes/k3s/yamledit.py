@@ -8,19 +8,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import yaml
+
+# libyaml takes a tenth of the time; kubeconfigs of a hundred clusters exist. Its marks count characters too.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class CannotEditError(ValueError):
     """The document has a form that this does not change safely."""
 
 
+@lru_cache(maxsize=4)
+def load(text: str) -> dict[str, Any]:
+    """The document; CannotEditError where it is not one mapping. Not to be changed: it is remembered."""
+    try:
+        document = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise CannotEditError(f"is not one YAML document ({str(error).splitlines()[0]})") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise CannotEditError("is not a mapping")
+    return document
+
+
+@lru_cache(maxsize=4)
 def compose(text: str) -> yaml.MappingNode | None:
     """The root mapping; None where there is none yet. CannotEditError for anything else."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise CannotEditError(f"is not one YAML document ({str(error).splitlines()[0]})") from error
     if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == "tag:yaml.org,2002:null"):

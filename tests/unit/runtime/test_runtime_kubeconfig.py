@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ DOCUMENT = "---\n# start\napiVersion: v1\nusers: []\n...\n"
 SAMPLES = {
     "kubectl": KUBECTL, "indented": INDENTED, "json": JSON, "one line": ONE_LINE, "empty lists": EMPTY_LISTS,
     "document": DOCUMENT, "crlf": KUBECTL.replace("\n", "\r\n"), "crlf indented": INDENTED.replace("\n", "\r\n"),
-    "no newline at the end": KUBECTL.rstrip("\n"), "byte order mark": "\ufeff" + KUBECTL,
+    "no newline at the end": KUBECTL.rstrip("\n"),
     "tail": KUBECTL + "\n\n# bye\n",
     "umlaut": KUBECTL.replace("who we are", "wer wir sind: 世界 ü"), "empty mapping": "{}\n",
 }
@@ -201,6 +202,26 @@ def test_a_file_that_others_use_meanwhile_stays(tmp_path: Path) -> None:
     withdraw(state)
     left = yaml.safe_load(path.read_text())
     assert left["current-context"] == "kind" and [entry["name"] for entry in left["users"]] == ["kind"]
+
+
+def test_a_byte_order_mark_stays_in_front(tmp_path: Path) -> None:
+    path, state = tmp_path / "config", tmp_path / "kube.json"
+    path.write_text("\ufeff" + KUBECTL)
+    publish(env_of(path), state)
+    assert path.read_text()[0] == "\ufeff" and yaml.safe_load(path.read_text())["current-context"] == "qvm-dev"
+    withdraw(state)
+    assert path.read_text() == "\ufeff" + KUBECTL
+
+
+def test_a_large_file_takes_no_time(tmp_path: Path) -> None:
+    """A hundred clusters with certificates; the slow parser would take seconds on any machine."""
+    certificate = "Q0E" * 700
+    entries = [build_entries(f"c{number}", Access("https://x", *[certificate] * 3), home="x") for number in range(100)]
+    text = yaml.safe_dump({key: [entry[key] for entry in entries] for key in kubeconfig.LISTS}, width=1 << 30)
+    began = time.process_time()
+    merged = kubeconfig.merge(text, ENTRIES, home=HOME)
+    assert kubeconfig.remove(merged, "qvm-dev", home=HOME) == text
+    assert time.process_time() - began < 10 or not yaml.__with_libyaml__
 
 
 def test_a_symlink_stays_one(tmp_path: Path) -> None:
