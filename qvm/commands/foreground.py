@@ -99,4 +99,5 @@ def _accompany(profile: str, progress: Progress) -> None:
 
 def _forward(forward: Mapping[str, Any]) -> str:
     reason = f": {forward['reason']}" if forward.get("reason") else ""
-    return f"port {forward['host']} ({forward['state']}{reason})"
+    udp = "/udp" if forward.get("protocol") == "udp" else ""
+    return f"port {forward['host']}{udp} ({forward['state']}{reason})"

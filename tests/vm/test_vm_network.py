@@ -17,6 +17,8 @@ import psutil
 import pytest
 from conftest import User, clear, make_user, wait_for
 
+import qvm
+
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
 
 CONNECTIONS = int(os.environ.get("QVM_TEST_CONNECTIONS", 200))
@@ -203,7 +205,7 @@ def test_nothing_is_bound_beyond_loopback(guest: User, before: set[tuple[str, in
     assert ("127.0.0.1", 9601) in host_listeners() - before, "the test sees what is bound"
 
 
-def test_rules_come_and_go_while_it_runs(guest: User) -> None:
+def test_rules_come_and_go_while_it_runs(guest: User, monkeypatch: pytest.MonkeyPatch) -> None:
     guest.qvm("ports", "add", "19605:9602", "-p", "net", "--no-save-config")
     assert reaches(lambda: ask(("127.0.0.1", 19605)), b"bye")
     assert not reaches(lambda: ask(("127.0.0.1", 9602)), b"bye")
@@ -211,6 +213,11 @@ def test_rules_come_and_go_while_it_runs(guest: User) -> None:
     assert "127.0.0.1:19605" in shown and "19605:9602" not in (guest.home / "q" / "net" / "qvm.yaml").read_text()
     guest.qvm("ports", "rm", "19605:9602", "-p", "net", "--no-save-config")
     assert not reaches(lambda: ask(("127.0.0.1", 19605)), b"bye") and reaches(lambda: ask(("127.0.0.1", 9602)), b"bye")
+    monkeypatch.setenv("QVM_HOME", guest.env["QVM_HOME"])
+    vm = qvm.get("net")
+    vm.forward(19606, 9602)
+    assert reaches(lambda: ask(("127.0.0.1", 19606)), b"bye")
+    vm.unforward(19606, 9602)
     refused = guest.qvm("ports", "add", "80:http", "-p", "net", check=False)
     assert refused.returncode == 2 and "neither a port" in refused.stderr
 
