@@ -49,6 +49,7 @@ class Addons:
             stack, context = load_stack(supervisor.record.config), runtime_context(supervisor.record)
             addon, own = _find(stack, context, name)
             if action == "start":
+                await self._set_primary(guest, stack, context)
                 await self._start(guest, addon, own)
             elif action == "reset":
                 await addon.reset(guest, own)
@@ -60,7 +61,15 @@ class Addons:
             if action in ("stop", "delete"):
                 await asyncio.to_thread(addon.deactivate, own, remove=action == "delete")
                 stack = stack.without(name)
+            if action == "delete":
+                await self._set_primary(guest, stack, context)
             return await self._settle(guest, stack, context)
+
+    async def _set_primary(self, guest: Guest, stack: Stack, context: RuntimeContext) -> None:
+        """The runtime under the add-ons, with the settings they need; started anew where these have changed."""
+        primary, own = stack.parts(context)[0]
+        await primary.provision(guest, own)
+        await wait_for_checks(primary, guest, own)
 
     async def _start(self, guest: Guest, addon: Runtime, own: RuntimeContext) -> None:
         await guest.exec(["sh", "-c", _BIND, "bind", *map(str, addon.data_folders)])

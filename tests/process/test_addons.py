@@ -190,7 +190,7 @@ def test_an_addon_comes_stops_and_goes(machine: Any) -> None:
         acting = Addons(supervisor)
         answer = await acting.act("onto", "start")
         assert machine.onto.said == ["provision", "start", "checked", "activate ['api']"]
-        assert machine.below.said == ["activate ['api']"]  # not started again
+        assert machine.below.said == ["provision", "activate ['api']"]  # set as the add-on needs it; not started again
         assert machine.link.commands[0][-1] == "/var/lib/onto"
         port = answer["ports"]["api"]
         assert await asyncio.to_thread(ask, port) == b"hello" and machine.link.ignored == {6443}
@@ -212,6 +212,7 @@ def test_an_addon_comes_stops_and_goes(machine: Any) -> None:
         machine.onto.said.clear()
         await acting.act("onto", "delete")
         assert machine.onto.said == ["teardown", "deactivate True"]
+        assert machine.below.said[-2:] == ["provision", "activate []"]
         await supervisor.publishing.close()
 
     asyncio.run(scenario())
