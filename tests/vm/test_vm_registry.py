@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(1500)]
 
 # testcontainers starts its reaper first. The real one is not in the registries that tests may use: this one answers
 # as it would, and only where the engine's socket is mounted where it looks for it.
-REAPER = 'test -S /var/run/docker.sock && nc -ll -p 8080 -e sh -c "while read line; do echo ACK; done"'
+REAPER = (
+    'test -S /var/run/docker.sock && echo "stand-in Started!" && '
+    'nc -ll -p 8080 -e sh -c "while read line; do echo ACK; done"'
+)
 TESTCONTAINERS = """
 import urllib.request
 from testcontainers.core.container import DockerContainer
@@ -109,13 +112,14 @@ def test_testcontainers_needs_only_what_status_prints(world: World) -> None:
     user.docker("build", "-q", "-t", testcontainers_config.ryuk_image, "-", input=(
         f"FROM base\nENTRYPOINT [\"/bin/sh\", \"-c\", {shell_json(REAPER)}]\nEXPOSE 8080\n".encode()
     ))
-    lines = [line.split(maxsplit=1) for line in user.qvm("status", "reg").stdout.splitlines()]
-    said = dict(words[1].split("=", 1) for words in lines if words[0] == "variable")
+    said = user.status("reg")["environment"]
+    shown = user.qvm("status", "reg").stdout
+    assert all(f"{name}={value}" in shown for name, value in said.items())
     script = user.work / "containers.py"
     script.write_text(TESTCONTAINERS)
     plain = {name: value for name, value in user.env.items() if name != "DOCKER_CONFIG"}
-    shown = User(user.home, user.work, {**plain, **said}).run(sys.executable, str(script))
-    assert "hello from a container" in shown.stdout
+    done = User(user.home, user.work, {**plain, **said}).run(sys.executable, str(script))
+    assert "hello from a container" in done.stdout
 
 
 def shell_json(text: str) -> str:
