@@ -51,16 +51,16 @@ def test_nerdctl_builds_and_pushes_with_the_hosts_login(rt: tuple[User, str], bu
     subprocess.run(["tar", "-C", project, "-xf", busybox_tar, "./bin/busybox"], check=True)
     (project / "Dockerfile").write_text('FROM scratch\nCOPY bin/busybox /bin/busybox\nENTRYPOINT ["/bin/busybox"]\n')
     image = f"{registry}/team/box:1"
-    user.qvm("nerdctl", "build", "-t", image, ".", cwd=project)
-    refused = user.qvm("nerdctl", "push", image, check=False)
+    user.qvm("nerdctl", "-p", "rt", "build", "-t", image, ".", cwd=project)
+    refused = user.qvm("nerdctl", "-p", "rt", "push", image, check=False)
     assert refused.returncode != 0 and "401" in refused.stderr + refused.stdout
     (user.home / "docker" / "config.json").write_text(json.dumps({"auths": {registry: {"auth": b64(USER, PASSWORD)}}}))
-    user.qvm("nerdctl", "push", image)
-    user.qvm("nerdctl", "rmi", image)
-    assert user.qvm("nerdctl", "run", "--rm", image, "echo", "pulled").stdout.strip().endswith("pulled")
+    user.qvm("nerdctl", "-p", "rt", "push", image)
+    user.qvm("nerdctl", "-p", "rt", "rmi", image)
+    assert user.qvm("nerdctl", "-p", "rt", "run", "--rm", image, "echo", "pulled").stdout.strip().endswith("pulled")
     assert user.qvm("ssh", "rt", "--", "sudo sh -c 'ls /run/qvm-clients /root/.docker 2>/dev/null'",
                     check=False).stdout.strip() in ("", "/run/qvm-clients:"), "no login stays in the guest"
-    resolved = user.qvm("nerdctl", "run", "--rm", image, "nslookup", HOST).stdout
+    resolved = user.qvm("nerdctl", "-p", "rt", "run", "--rm", image, "nslookup", HOST).stdout
     assert "10.0.2.2" in resolved
 
 
@@ -134,4 +134,4 @@ def test_a_profile_switches_its_runtime_and_each_keeps_its_data(rt: tuple[User, 
     user.qvm("stop", "rt")
     user.qvm("start", "rt", "--runtime", "containerd")
     assert user.docker("context", "show").stdout.strip() == "default"
-    assert f"{registry}/team/box" in user.qvm("nerdctl", "images").stdout
+    assert f"{registry}/team/box" in user.qvm("nerdctl", "-p", "rt", "images").stdout
