@@ -41,12 +41,15 @@ def start(invocation: Invocation, /, *, foreground: bool, cold: bool, **options:
     A VM that runs is left as it is. Settings are kept for later starts in ~/.qvm/NAME/qvm.yaml; a setting that is
     not given keeps what it was.
     """
-    from qvm.commands.start import start as do_start
+    from qvm.supervisor.prelaunch import prelaunch
 
     flags = take_flags(options)
     with _signals_heeded() if foreground else nullcontext():
-        with invocation.progress() as progress:
-            result = do_start(invocation.profile, flags, cwd=working_directory(), cold=cold, progress=progress)
+        with prelaunch(invocation.profile) as waiting, invocation.progress() as progress:
+            from qvm.commands.start import start as do_start
+
+            result = do_start(invocation.profile, flags, cwd=working_directory(), cold=cold, progress=progress,
+                              waiting=waiting)
         emit(invocation, result, render.render_start, essential=False)
         if foreground:
             from qvm.commands.foreground import stay

@@ -38,10 +38,12 @@ def do_suspend(invocation: Invocation) -> None:
 @common_options()
 def resume(invocation: Invocation, /) -> None:
     """Go on with a suspended VM."""
-    from qvm.commands.suspend import resume as run
+    from qvm.supervisor.prelaunch import prelaunch
 
-    with invocation.progress() as progress:
-        result = run(invocation.profile, progress=progress)
+    with prelaunch(invocation.profile) as waiting, invocation.progress() as progress:
+        from qvm.commands.suspend import resume as run
+
+        result = run(invocation.profile, progress=progress, waiting=waiting)
     emit(invocation, result, render.render_start, essential=False)
 
 
@@ -97,11 +99,13 @@ def create(invocation: Invocation, /, *, words: Sequence[str]) -> None:
 @_words
 def restore(invocation: Invocation, /, *, words: Sequence[str]) -> None:
     """Go back to a snapshot. What is now is lost unless a snapshot remembers it."""
-    from qvm.commands.snapshot import restore as run
+    from qvm.supervisor.prelaunch import Prelaunched
 
     name = _split(invocation, words)
-    with invocation.progress() as progress:
-        result = run(invocation.profile, name, progress=progress)
+    with Prelaunched() as waiting, invocation.progress() as progress:
+        from qvm.commands.snapshot import restore as run
+
+        result = run(invocation.profile, name, progress=progress, waiting=waiting)
     emit(invocation, result, render_snapshot, essential=False)
 
 

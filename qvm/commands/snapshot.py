@@ -17,7 +17,8 @@ from qvm.instance.store import find_run, load_record, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor import offline
 from qvm.supervisor.client import call
-from qvm.supervisor.launch import Prelaunched, have_ready
+from qvm.supervisor.launch import have_ready
+from qvm.supervisor.prelaunch import Prelaunched
 
 
 def create(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
@@ -42,7 +43,9 @@ def create(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
                           report["timings"], notes)  # fmt: skip
 
 
-def restore(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
+def restore(
+    profile: str, name: str, *, progress: Progress, waiting: Prelaunched | None = None
+) -> SnapshotResult:
     """Be again what the snapshot remembers. What is now, and is in no snapshot, is lost.
 
     An instance that ran then runs afterwards; one that was off then is off.
@@ -50,7 +53,7 @@ def restore(profile: str, name: str, *, progress: Progress) -> SnapshotResult:
     load_record(profile)
     began = time.monotonic()
     notes: list[str] = []
-    with Prelaunched() as waiting, lock_instance(profile, on_wait=progress.note):
+    with waiting or Prelaunched() as waiting, lock_instance(profile, on_wait=progress.note):
         _require(profile, name)
         # Nothing of this run is kept, so nobody has to be asked.
         stop_locked(profile, force=True, progress=progress)

@@ -22,7 +22,8 @@ from qvm.instance.record import Record, config_to_dict
 from qvm.instance.store import clear_run, find_record, find_run, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor.client import Event
-from qvm.supervisor.launch import Prelaunched, ensure_supervisor, wait_settled, wait_supervisor_gone, watch_until_ready
+from qvm.supervisor.launch import ensure_supervisor, wait_settled, wait_supervisor_gone, watch_until_ready
+from qvm.supervisor.prelaunch import Prelaunched
 
 
 def start(
@@ -32,16 +33,18 @@ def start(
     cwd: Path,
     cold: bool = False,
     progress: Progress,
+    waiting: Prelaunched | None = None,
 ) -> StartResult:
     """Create or start the instance `profile` and wait until every requirement holds.
 
     `flags` maps Config field names to values the user gave. A running instance is left as it is; differences from
-    what was asked are named in the notes. `cold` boots a new instance instead of forking a warm image.
+    what was asked are named in the notes. `cold` boots a new instance instead of forking a warm image. `waiting`: a
+    supervisor's process that the caller has begun.
     """
     check_name(profile)
     began = time.monotonic()
     with lock_instance(profile, on_wait=progress.note):
-        return start_locked(profile, flags, cwd=cwd, cold=cold, progress=progress, began=began)
+        return start_locked(profile, flags, cwd=cwd, cold=cold, progress=progress, began=began, waiting=waiting)
 
 
 def start_locked(

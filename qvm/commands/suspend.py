@@ -14,7 +14,8 @@ from qvm.instance.states import find_state
 from qvm.instance.store import find_run, load_record, lock_instance
 from qvm.progress import Progress
 from qvm.supervisor.client import call
-from qvm.supervisor.launch import Prelaunched, have_ready, wait_supervisor_gone
+from qvm.supervisor.launch import have_ready, wait_supervisor_gone
+from qvm.supervisor.prelaunch import Prelaunched
 
 
 def suspend(profile: str, *, progress: Progress) -> SuspendResult:
@@ -46,14 +47,14 @@ def tell_streamed(report: dict[str, Any], progress: Progress) -> list[str]:
     return [note]
 
 
-def resume(profile: str, *, progress: Progress) -> StartResult:
+def resume(profile: str, *, progress: Progress, waiting: Prelaunched | None = None) -> StartResult:
     """Go on where `suspend` (or a restored snapshot, or a clone) left off; a running instance is left as it is.
 
     InstanceStateError where nothing is suspended.
     """
     load_record(profile)
     began = time.monotonic()
-    with Prelaunched() as waiting, lock_instance(profile, on_wait=progress.note):
+    with waiting or Prelaunched() as waiting, lock_instance(profile, on_wait=progress.note):
         if find_run(profile) is None and find_state(Files(profile).suspended) is None:
             raise InstanceStateError(f"{profile!r} is not suspended", hint=f"`qvm start {profile}` starts it")
         return start_locked(profile, {}, cwd=Path.cwd(), progress=progress, began=began, waiting=waiting)

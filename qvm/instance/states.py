@@ -191,7 +191,7 @@ def discard_remains(folder: Path) -> None:
     except FileNotFoundError:
         return
     try:
-        names = os.listdir(fd)
+        names = os.listdir(fd)  # noqa: PTH208  (of a folder that may have another name by now)
         if MANIFEST in names:
             return
         for name in names:

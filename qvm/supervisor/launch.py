@@ -19,7 +19,7 @@ from qvm.supervisor.client import Event, NoSupervisorError, call
 from qvm.wait import Deadline, backoff, wait_until
 
 if TYPE_CHECKING:
-    from subprocess import Popen
+    from qvm.supervisor.prelaunch import Prelaunched
 
 LAUNCH_TIMEOUT = 30.0
 STATUS_TIMEOUT = 3.0
@@ -32,33 +32,6 @@ def find_status(profile: str) -> dict[str, Any] | None:
         return call(Files(profile).control_socket, "status", timeout=STATUS_TIMEOUT)
     except NoSupervisorError:
         return None
-
-
-class Prelaunched:
-    """A supervisor's process that has loaded its code and waits for its instance to be prepared.
-
-    Use as a context manager: where `ensure_supervisor` has not taken it by the end of the block, it ends.
-    """
-
-    def __init__(self) -> None:
-        self.child = spawn_detached([sys.executable, "-m", "qvm.supervisor"], log=None, stdin=True)
-
-    def go(self, profile: str) -> Popen[bytes] | None:
-        """Have it serve `profile`; None where it has died."""
-        assert self.child.stdin is not None
-        try:
-            self.child.stdin.write(profile.encode() + b"\n")
-            self.child.stdin.close()
-        except BrokenPipeError:
-            return None
-        return self.child
-
-    def __enter__(self) -> Prelaunched:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self.child.stdin is not None
-        self.child.stdin.close()  # it reads the end, unless it has read its profile before
 
 
 def ensure_supervisor(profile: str, *, waiting: Prelaunched | None = None) -> None:

@@ -6,8 +6,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ class Fakes:
 
         def fake(*args: Any, **options: Any) -> Any:
             options.pop("progress", None)
+            options.pop("waiting", None)
             self.calls.append((function, args, options))
             if isinstance(answer, BaseException):
                 raise answer
@@ -67,6 +69,8 @@ def fakes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fakes]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("QVM_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    # No supervisor begins to load: nobody would use it.
+    monkeypatch.setattr("qvm.supervisor.prelaunch.spawn_detached", lambda *_, **__: SimpleNamespace(stdin=BytesIO()))
     yield Fakes(monkeypatch)
 
 
