@@ -134,3 +134,39 @@ def test_damage_is_told(files: Files) -> None:
     (files.suspended / states.MANIFEST).write_text('{"version": 1}')
     with pytest.raises(InstanceStateError, match="damaged"):
         states.load_state(files.suspended)
+
+
+def test_of_a_used_state_the_memory_stays_until_the_machine_ends(files: Files) -> None:
+    make(files.suspended)
+    (files.suspended / states.dimm_file("dimm1")).write_bytes(b"y")
+    states.changes_file(files.suspended / states.RAM).write_bytes(b"z")
+    states.mark_synced(files.suspended)
+    states.discard_remains(files.suspended)
+    assert states.find_state(files.suspended) is not None, "a state is nothing that remained"
+    states.consume_state(files.suspended)
+    states.keep_memory(files.suspended)
+    assert sorted(path.name for path in files.suspended.iterdir()) == ["dimm-dimm1.ram", "ram"]
+    assert states.find_state(files.suspended) is None
+    states.discard_remains(files.suspended)
+    assert not files.suspended.exists()
+    states.discard_remains(files.suspended)
+
+
+def test_a_new_state_takes_the_place_of_what_remained(files: Files) -> None:
+    make(files.suspended)
+    states.consume_state(files.suspended)
+    states.keep_memory(files.suspended)
+    make(files.suspended, machine="second")
+    assert states.load_state(files.suspended).machine == "second"
+    assert (files.suspended / states.DEVICES).exists()
+
+
+def test_ram_that_is_only_linked_is_not_counted(files: Files, tmp_path: Path) -> None:
+    make(files.snapshots / "whole")
+    make(files.snapshots / "linked")
+    folder = files.snapshots / "linked"
+    (tmp_path / "elsewhere").write_bytes(b"r" * (1 << 20))
+    (folder / states.RAM).unlink()
+    os.link(tmp_path / "elsewhere", folder / states.RAM)
+    states.changes_file(folder / states.RAM).write_bytes(b"c" * 5000)
+    assert states.state_size(folder) == states.state_size(files.snapshots / "whole")
