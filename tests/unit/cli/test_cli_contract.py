@@ -335,6 +335,16 @@ def test_doctor_fails_where_something_is_missing(fakes: Fakes, capsys: Capture) 
     assert "mend: apt-get install qemu-system-x86" in capsys.readouterr().out
 
 
+def test_doctor_mends_what_fails_and_looks_again(fakes: Fakes) -> None:
+    missing = Check("qemu", False, "missing", "sudo apt install qemu-system-riscv")
+    fakes.set("doctor", "doctor", [missing])
+    fakes.set("doctor", "mend", [missing])
+    assert run(["doctor", "-a", "riscv64", "--fix"]) == 4
+    assert [name for name, _, _ in fakes.calls] == ["doctor", "mend", "doctor"]
+    assert fakes.calls[0][2] == fakes.calls[2][2] == {"arch_name": "riscv64"}
+    assert fakes.calls[1][1][0] == [missing]
+
+
 def test_image_verbs(fakes: Fakes) -> None:
     fakes.set("image", "list_images", [])
     fakes.set("image", "build", {"name": "debian-13"})

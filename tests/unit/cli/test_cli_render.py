@@ -40,6 +40,13 @@ def test_status() -> None:
     )
 
 
+def test_status_lists_the_platforms_that_are_emulated() -> None:
+    text = render.render_status({**STATUS, "binfmt": ["linux/arm/v7", "linux/arm64"]})
+    assert "\n  emulates  linux/arm/v7, linux/arm64\n" in text
+    for nothing in ([], None):
+        assert "emulates" not in render.render_status({**STATUS, "binfmt": nothing})
+
+
 def test_status_of_one_that_starts_says_what_it_waits_for() -> None:
     requirements = {"qemu": "done", "ssh": "waiting"}
     text = render.render_status({"profile": "d", "state": "starting", "requirements": requirements})
