@@ -53,6 +53,11 @@ is_static() {
 	[ -x "$1" ] && ! ldd "$1"
 }
 
+# Debian 13 has it in qemu-user, under the other name.
+has_user_emulator() {
+	has qemu-aarch64-static || has qemu-aarch64
+}
+
 find_python() {
 	local name
 	for name in python3 python3.14 python3.13 python3.12 python3.11; do
@@ -96,6 +101,9 @@ list_debian() {
 		else
 			need qemu-system-x86 "runs the tests' x86_64 VMs" has qemu-system-x86_64
 		fi
+		need qemu-user-static "builds the tests' aarch64 images" has_user_emulator
+		need binfmt-support "builds the tests' aarch64 images" has update-binfmts
+		need kmod "indexes kernel modules of other architectures" has depmod
 		need busybox-static "is the tests' container image" is_static /bin/busybox
 		need docker-registry "is the tests' registry" test -x /usr/bin/docker-registry
 	fi
@@ -171,6 +179,13 @@ if [ "${#missing[@]}" -gt 0 ]; then
 	macos) install_macos ;;
 	*) fail "install these (Debian's names) with your package manager, then try again" ;;
 	esac
+fi
+
+# Containers come without the file system that tells the kernel about foreign programs.
+if [ "$mode" = test ] && [ "$system" = debian ] && [ "$(id -u)" = 0 ] && [ ! -e /proc/sys/fs/binfmt_misc/register ]; then
+	if ! { mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc && update-binfmts --enable; }; then
+		say "images of other architectures cannot be built here: binfmt_misc cannot be mounted"
+	fi
 fi
 
 # --- the venv --------------------------------------------------------------------------------------------------------

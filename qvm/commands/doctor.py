@@ -122,11 +122,10 @@ def _accelerator(arch: Arch, features: QemuFeatures, image: Image | None) -> Ite
 
 
 def _builders(arch: Arch) -> Iterator[Check]:
-    from qvm.image.rootfs import check_foreign, check_programs
+    from qvm.image.rootfs import check_programs
 
     try:
-        check_programs()
-        check_foreign(arch)
+        check_programs(arch)
     except HostError as error:
         yield Check("image builder", ok=False, message=error.message, fix=error.hint)
         return

@@ -22,16 +22,18 @@ def list_images() -> list[dict[str, Any]]:
 
 
 def build(name: str, arch: str | None, *, force: bool = False, progress: Progress) -> dict[str, Any]:
+    from qvm.commands.builder import build_in_vm
     from qvm.image.ensure import build_image
 
-    return build_image(name, _arch(arch), force=force, progress=progress).describe()
+    return build_image(name, _arch(arch), force=force, builder=build_in_vm, progress=progress).describe()
 
 
 def pull(name: str, arch: str | None, *, progress: Progress) -> dict[str, Any]:
     """Have the image in the cache, by download or build."""
+    from qvm.commands.builder import build_in_vm
     from qvm.image.ensure import ensure_image
 
-    return ensure_image(name, _arch(arch), progress=progress).describe()
+    return ensure_image(name, _arch(arch), builder=build_in_vm, progress=progress).describe()
 
 
 def import_image(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qvm import paths
 from qvm.arch import Arch, find_arch
+from qvm.commands.builder import build_in_vm
 from qvm.config.model import Config
 from qvm.errors import HostError, PortTakenError, QvmError, UsageError
 from qvm.filenames import Files, check_socket_path
@@ -120,7 +121,7 @@ def obtain_image(config: Config, record: Record | None, arch: Arch, *, progress:
                 hint=f"`qvm delete {config.profile} -f` and start again; the data disk with containers is kept",
             )
         return image
-    return ensure_image(config.image, arch, progress=progress)
+    return ensure_image(config.image, arch, builder=build_in_vm, progress=progress)
 
 
 def new_record(config: Config, image: Image) -> Record:

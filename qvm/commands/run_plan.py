@@ -186,6 +186,7 @@ class _Maker:
 
     def make(self) -> tuple[RunPlan, dict[str, str], list[Path]]:
         from qvm.arch import find_arch
+        from qvm.commands.builder import build_in_vm
         from qvm.image.ensure import ensure_image
         from qvm.image.store import find_proof_files
         from qvm.qemu.accel import choose_accelerator
@@ -196,7 +197,7 @@ class _Maker:
         arch = find_arch(config.arch)
         assert arch is not None, "validated when it was resolved"
         runtime, features = load_runtime(config.runtime), probe_qemu(arch)
-        image = ensure_image(config.image, arch, progress=self.progress)
+        image = ensure_image(config.image, arch, builder=build_in_vm, progress=self.progress)
         kernel, initrd = find_proof_files(image)
         choice = choose_accelerator(config.accel, arch, features, kernel=kernel, initrd=initrd,
                                     memory=config.memory)

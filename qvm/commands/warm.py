@@ -8,6 +8,7 @@ from typing import Any
 
 from qvm import paths
 from qvm.arch import find_arch
+from qvm.commands.builder import build_in_vm
 from qvm.config.resolve import resolve_config
 from qvm.errors import InstanceStateError, UsageError
 from qvm.image.ensure import ensure_image
@@ -34,7 +35,7 @@ def warm(
     arch = find_arch(config.arch)
     assert arch is not None, "validated when it was resolved"
     runtime, features = load_stack(config), probe_qemu(arch)
-    image = ensure_image(config.image, arch, progress=progress)
+    image = ensure_image(config.image, arch, builder=build_in_vm, progress=progress)
     runtime.prepare_host(nobodys_context(sections_of(config), arch, paths.cache_home()), progress)
     kernel, initrd = find_proof_files(image)
     accel = choose_accelerator(config.accel, arch, features, kernel=kernel, initrd=initrd,

@@ -12,6 +12,7 @@ from qvm import paths, process
 from qvm.arch import Arch
 from qvm.errors import ImageError
 from qvm.image import bake, initramfs, rootfs, store
+from qvm.image.builder import Builder
 from qvm.image.recipe import Recipe, baked_files, check_arch, image_key, init_script, load_tools
 from qvm.image.tools import BuiltTool, ensure_tools
 from qvm.progress import Progress
@@ -42,7 +43,9 @@ class _Background:
         return self._tools
 
 
-def build_recipe(recipe: Recipe, arch: Arch, *, progress: Progress, force: bool) -> store.Image:
+def build_recipe(
+    recipe: Recipe, arch: Arch, *, builder: Builder | None = None, progress: Progress, force: bool
+) -> store.Image:
     """Build the image and make it current; the caller holds its lock. `force`: with the packages of today."""
     check_arch(recipe, arch)
     key = image_key(recipe, arch)
@@ -53,7 +56,7 @@ def build_recipe(recipe: Recipe, arch: Arch, *, progress: Progress, force: bool)
     tools = _Background(recipe, arch, progress)
     base = None if force else rootfs.find_base(recipe, arch)
     if base is None:
-        base = rootfs.build_base(recipe, arch, progress=progress, log=log)
+        base = rootfs.build_base(recipe, arch, builder=builder, progress=progress, log=log)
     built = tools.result()
     work.mkdir(mode=0o700)
     try:

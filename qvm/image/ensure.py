@@ -12,6 +12,7 @@ from qvm.arch import Arch
 from qvm.errors import ImageError, UsageError
 from qvm.image import foreign, rootfs, store
 from qvm.image.build import build_recipe
+from qvm.image.builder import Builder
 from qvm.image.catalogue import Entry, find_entry, load_catalogue
 from qvm.image.recipe import base_key, find_recipe, image_key
 from qvm.image.store import Image
@@ -59,8 +60,10 @@ def deciding_files(name: str, arch: Arch) -> list[Path]:
     return [store.ref_path(place.name, arch), *([place.path] if place.path is not None else [])]
 
 
-def ensure_image(name: str, arch: Arch, *, progress: Progress) -> Image:
-    """The image called `name` (or at that path or address), made or fetched when the cache has no current one.
+def ensure_image(name: str, arch: Arch, *, builder: Builder | None = None, progress: Progress) -> Image:
+    """The image called `name` (or with that id, path or address), made or fetched when the cache has no current one.
+
+    `builder`: who builds where this host lacks the programs.
 
     Raises UsageError for an unknown name, HostError for what this host lacks, ImageError for what went wrong outside.
     """
@@ -70,8 +73,11 @@ def ensure_image(name: str, arch: Arch, *, progress: Progress) -> Image:
     imported = None if find_entry(name, arch) is not None else foreign.find_imported(name, arch)
     if imported is not None:
         return imported
+    if find_entry(name, arch) is None and (found := store.find_image_by_id(name)) is not None and found.arch == arch:
+        return found
     entry = _entry(name, arch)
-    return store.find_current(name, arch, current_key(entry)) or _make(entry, progress=progress, force=False)
+    current = store.find_current(name, arch, current_key(entry))
+    return current or _make(entry, builder=builder, progress=progress, force=False)
 
 
 def import_image(
@@ -83,14 +89,18 @@ def import_image(
     return foreign.import_image(path, name, arch, digest=digest, force=force, progress=progress)
 
 
-def build_image(name: str, arch: Arch, *, progress: Progress, force: bool = False) -> Image:
+def build_image(
+    name: str, arch: Arch, *, builder: Builder | None = None, progress: Progress, force: bool = False
+) -> Image:
     """Like `ensure_image`; with `force` anew even where the cache has it, with the packages of today."""
     entry = _entry(name, arch)
     current = store.find_current(name, arch, current_key(entry))
-    return current if current is not None and not force else _make(entry, progress=progress, force=force)
+    if current is not None and not force:
+        return current
+    return _make(entry, builder=builder, progress=progress, force=force)
 
 
-def _make(entry: Entry, *, progress: Progress, force: bool) -> Image:
+def _make(entry: Entry, *, builder: Builder | None, progress: Progress, force: bool) -> Image:
     lock = paths.cache_home() / "images" / f"{entry.name}-{entry.arch.name}.lock"
     with locks.lock(lock, what=f"the image {entry.name}", on_wait=progress.note):
         current = store.find_current(entry.name, entry.arch, current_key(entry))
@@ -100,7 +110,7 @@ def _make(entry: Entry, *, progress: Progress, force: bool) -> Image:
             return _fetch(entry, progress)
         recipe = find_recipe(entry.name)
         assert recipe is not None
-        return build_recipe(recipe, entry.arch, progress=progress, force=force)
+        return build_recipe(recipe, entry.arch, builder=builder, progress=progress, force=force)
 
 
 def _fetch(entry: Entry, progress: Progress) -> Image:
@@ -126,7 +136,7 @@ def prune_images(*, in_use: Mapping[str, str]) -> list[dict[str, Any]]:
     recipes = [(recipe, entry.arch) for entry in entries if (recipe := find_recipe(entry.name)) is not None]
     bases = {base_key(recipe, arch)[:16] for recipe, arch in recipes}
     for folder in rootfs.bases_dir().glob("*"):
-        if folder.name not in bases and ".building" not in folder.name:
+        if folder.is_dir() and folder.name not in bases and ".building" not in folder.name:
             rootfs.discard_base(folder)
     foreign.sweep_unfinished()
     return [store.remove_image(image.id) for image in store.list_images()

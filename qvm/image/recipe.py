@@ -14,7 +14,7 @@ from qvm.arch import ALL, Arch
 from qvm.errors import ImageError
 from qvm.units import parse_size
 
-FORMAT = 1
+FORMAT = 2
 """Of the image folder and of the build itself: a change here makes every recipe build anew."""
 
 _NOT_RECIPES = ("catalogue.yaml", "tools.yaml")
@@ -162,8 +162,10 @@ def init_script() -> bytes:
     return (paths.share_dir("images") / "initramfs" / "init").read_bytes()
 
 
-def build_script() -> Path:
-    return paths.share_dir("images") / "build.sh"
+def build_scripts() -> list[Path]:
+    """What makes a base, the one that is started first."""
+    names = ("build.sh", "build-install.sh", "build-disk.sh", "compile.py")
+    return [paths.share_dir("images") / name for name in names]
 
 
 def compile_script() -> Path:
@@ -181,8 +183,8 @@ def base_key(recipe: Recipe, arch: Arch) -> str:
     for later in ("title", "cmdline", "mask", "mask_files", "enable", "disable", "tools", "initramfs_modules",
                   "background_modules", "arch_modules"):
         del parts[later]
-    script = hashlib.sha256(build_script().read_bytes()).hexdigest()
-    return _digest([FORMAT, parts, arch.name, script])
+    scripts = [hashlib.sha256(script.read_bytes()).hexdigest() for script in build_scripts()]
+    return _digest([FORMAT, parts, arch.name, scripts])
 
 
 def image_key(recipe: Recipe, arch: Arch) -> str:

@@ -98,7 +98,7 @@ def _from_module(tool: Tool, arch: Arch, go: Path, target: Path, progress: Progr
     """Build in the downloaded module's folder, not by `go install module@version`: so the module's own go.sum, replace
     and exclude lines count, exactly as in its release.
     """
-    environment = {"CGO_ENABLED": "0", "GOOS": "linux", "GOARCH": arch.go, "GOFLAGS": "", "GOWORK": "off"}
+    environment = {"CGO_ENABLED": "0", "GOOS": "linux", "GOFLAGS": "", "GOWORK": "off", **arch.go_environment}
     with progress.step(f"compiling {tool.name} {tool.version} for {arch.name}") as step:
         try:
             step.detail("fetching the module")
