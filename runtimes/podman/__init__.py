@@ -12,6 +12,7 @@ from qvm.runtime.base import Guest, HostSocket, Needs, Runtime, RuntimeContext
 from qvm.runtime.dockercontext import activate_context, deactivate_context
 from qvm.runtime.network import Network
 from qvm.runtime.services import (
+    INSTALL_TIMEOUT,
     find_version,
     reload_units,
     restart_services,
@@ -48,6 +49,8 @@ class Podman(Runtime):
     commands = {"podman": ("sudo", "podman")}  # noqa: RUF012  # a constant of the class, as the contract has it
     credential_variables = {"podman": "REGISTRY_AUTH_FILE={folder}/config.json"}  # noqa: RUF012  likewise
     units = ("podman.service", "podman-restart.service")
+    start_timeout = INSTALL_TIMEOUT
+    """The first start in an image without podman fetches and unpacks it."""
 
     async def provision(self, guest: Guest, context: RuntimeContext) -> None:
         await super().provision(guest, context)
