@@ -12,6 +12,9 @@ from qvm.errors import QemuError
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.monitor import Event, Monitor
 
+CANCEL_TIMEOUT = 30.0
+"""Seconds until a job that was told to end has ended: it finishes the piece it is at."""
+
 
 @dataclass(frozen=True, slots=True)
 class NewLayer:
@@ -90,11 +93,14 @@ async def _children(monitor: Monitor, node: str) -> dict[str, str]:
     return {edge["name"]: names[edge["child"]] for edge in graph["edges"] if edge["parent"] == number}
 
 
-async def merge_into_top(monitor: Monitor, disk: str, *, base: str | None, timeout: float) -> None:
+async def merge_into_top(
+    monitor: Monitor, disk: str, *, base: str | None, timeout: float, stop: asyncio.Event | None = None
+) -> bool:
     """Have the layer that a disk writes to take over what it lacks of the layer below it, while the machine runs.
 
     From then on it stands on what that one stood on: `base`, as the header is to name it; None: nothing.
-    QemuError where QEMU refuses or it takes longer than `timeout` seconds: then all is as before.
+    False where it was given up because `stop` was set, QemuError where QEMU refuses or it takes longer than `timeout`
+    seconds: then all is as before.
     """
     top = (await active_node(monitor, disk))["node-name"]
     lower = (await _children(monitor, top)).get("backing")
@@ -113,12 +119,29 @@ async def merge_into_top(monitor: Monitor, disk: str, *, base: str | None, timeo
 
     with monitor.subscribed(see):
         await monitor.execute("block-stream", arguments)
+        stopped = asyncio.ensure_future((stop or asyncio.Event()).wait())
         try:
-            async with asyncio.timeout(timeout):
-                result = await outcome
-        except TimeoutError:
-            await monitor.execute("block-job-cancel", {"device": arguments["job-id"]})
-            raise QemuError(f"the disk {disk} was not merged within {timeout:g} s") from None
+            await asyncio.wait((outcome, stopped), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not outcome.done():
+                await _cancel_job(monitor, arguments["job-id"], outcome)
+            result = outcome.result()
+        finally:
+            stopped.cancel()
+    if result["event"] == "BLOCK_JOB_CANCELLED" and stop is not None and stop.is_set():
+        return False
     if result["event"] != "BLOCK_JOB_COMPLETED" or result.get("error"):
-        raise QemuError(f"the disk {disk} could not be merged: {result.get('error', 'it was cancelled')}")
+        raise QemuError(f"the disk {disk} could not be merged: {result.get('error', 'it took too long')}")
+    return True
+
+
+async def _cancel_job(monitor: Monitor, job: str, outcome: asyncio.Future[Mapping[str, Any]]) -> None:
+    """Returns once the job has ended, one way or the other."""
+    try:
+        await monitor.execute("block-job-cancel", {"device": job})
+    except QemuError:
+        if not outcome.done():  # it was about to end by itself; else this is another trouble
+            raise
+    await asyncio.wait((outcome,), timeout=CANCEL_TIMEOUT)
+    if not outcome.done():
+        raise QemuError(f"QEMU did not end {job} within {CANCEL_TIMEOUT:g} s")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvm.errors import QemuError
+from qvm.errors import InstanceStateError, QemuError
 from qvm.filenames import Files
 from qvm.image.layers import data_disk, newest, read_header, remove_unused, root_disk
 from qvm.image.merge import plan_merge
@@ -36,6 +37,9 @@ class Saves:
         self._supervisor = supervisor
         self._files = Files(supervisor.profile)
         self._one_at_a_time = asyncio.Lock()
+        self._waiting = 0
+        self._hurry = asyncio.Event()
+        """Somebody wants to save: tidying lets go, and begins again afterwards."""
         self._tidying: asyncio.Task[None] | None = None
 
     async def suspend(self) -> Frozen:
@@ -77,31 +81,47 @@ class Saves:
         self._tidying = asyncio.create_task(self._tidy(), name="tidy")
 
     async def _tidy(self) -> None:
-        async with self._saving() as machine:
-            try:
-                merged = await merge_running(machine.monitor, self._files)
-                log.info("merged %d layers", merged)
-            except QemuError:
-                log.exception("layers could not be merged; the next time may do it")
+        done = False
+        while not done:
+            async with self._one_at_a_time:
+                await self._supervisor.wait_grown()
+                try:
+                    done = await merge_running(self._supervisor.machine().monitor, self._files, stop=self._hurry)
+                except InstanceStateError:  # it was suspended meanwhile
+                    return
+                except QemuError:
+                    log.exception("layers could not be merged; the next time may do it")
+                    return
 
     @asynccontextmanager
     async def _saving(self) -> AsyncIterator[Machine]:
         """One at a time, of a machine that is ready and has grown its disks."""
-        async with self._one_at_a_time:
+        self._waiting += 1
+        self._hurry.set()
+        try:
+            await self._one_at_a_time.acquire()
+        finally:
+            self._waiting -= 1
+            if not self._waiting:
+                self._hurry.clear()
+        try:
             await self._supervisor.wait_grown()
             yield self._supervisor.machine()
+        finally:
+            self._one_at_a_time.release()
 
 
-async def merge_running(monitor: Monitor, files: Files) -> int:
-    """Take out the layers that no saved state needs, as far as a running machine can; returns how many."""
-    count = 0
+async def merge_running(monitor: Monitor, files: Files, *, stop: asyncio.Event) -> bool:
+    """Take out the layers that no saved state needs, as far as a running machine can; False where `stop` came first."""
     for name, disk in (("root", root_disk(files)), ("data", data_disk(files))):
         while (work := plan_merge(disk, used_layers(files.profile, name), running=True)) is not None:
-            await merge_into_top(monitor, name, base=read_header(work.lower).backing, timeout=MERGE_TIMEOUT)
+            began, base = time.monotonic(), read_header(work.lower).backing
+            if stop.is_set() or not await merge_into_top(monitor, name, base=base, timeout=MERGE_TIMEOUT, stop=stop):
+                return False
             await asyncio.to_thread(work.lower.unlink)
-            count += 1
+            log.info("merged %s in %.2f s", work.lower.name, time.monotonic() - began)
         await asyncio.to_thread(remove_unused, disk, used_layers(files.profile, name))
-    return count
+    return True
 
 
 def settle_in_background(folder: Path) -> None:

@@ -102,7 +102,8 @@ def test_a_layer_is_taken_out_while_the_machine_runs(bench: Bench) -> None:  # n
         for below in (1, 0):
             work = merge.plan_merge(disk, [], running=True)
             assert work is not None and work.lower.name == f"data-{below}.qcow2"
-            await blocks.merge_into_top(monitor, "data", base=layers.read_header(work.lower).backing, timeout=20)
+            base = layers.read_header(work.lower).backing
+            assert await blocks.merge_into_top(monitor, "data", base=base, timeout=20)
             work.lower.unlink()
         assert merge.plan_merge(disk, [], running=True) is None
         await write(monitor, "data", 3 << 16, 4)
@@ -117,6 +118,40 @@ def test_a_layer_is_taken_out_while_the_machine_runs(bench: Bench) -> None:  # n
     assert [path.name for path in layers.layers_in(disk)] == ["data-2.qcow2", "data-3.qcow2"]
     assert all(reads(disk.path, number << 16, 1 + number) for number in range(4))
     assert layers.read_header(disk.folder / "data-2.qcow2").backing is None
+
+
+def test_a_merge_lets_go_when_it_is_told_to(bench: Bench) -> None:  # noqa: F811
+    """Somebody wants to save the machine: the disk is as before, and merged another time."""
+    async def story() -> None:
+        monitor = await Monitor.connect(bench.spec.monitor_socket)
+        await write(monitor, "data", 0, 1)
+        await snapshot(bench, monitor)
+        device = "/machine/peripheral/drive-data/virtio-backend"
+        assert not (await monitor.human(f'qemu-io -d {device} "write -P 7 1M 32M"')).strip()
+        await snapshot(bench, monitor)
+        await write(monitor, "data", 2 << 16, 3)
+        disk, stop = disk_of(bench, "data"), asyncio.Event()
+        stop.set()
+        work = merge.plan_merge(disk, [], running=True)
+        assert work is not None
+        base = layers.read_header(work.lower).backing
+        assert not await blocks.merge_into_top(monitor, "data", base=base, timeout=20, stop=stop)
+        assert merge.plan_merge(disk, [], running=True) == work
+        assert layers.chain_of(layers.newest(disk))[1] == work.lower
+        await snapshot(bench, monitor)
+        work = merge.plan_merge(disk, [], running=True)
+        assert work is not None
+        assert await blocks.merge_into_top(monitor, "data", base=layers.read_header(work.lower).backing, timeout=20,
+                                           stop=asyncio.Event())  # fmt: skip
+        work.lower.unlink()
+        await stop_qemu(identity, monitor, force=True)
+        await monitor.close()
+
+    identity = bench.start()
+    asyncio.run(story())
+    disk = disk_of(bench, "data")
+    for offset, pattern in ((0, 1), (2 << 16, 3), (1 << 20, 7), (32 << 20, 7)):
+        assert reads(disk.path, offset, pattern)
 
 
 def test_the_pair_of_disks_is_frozen_together_or_not_at_all(bench: Bench) -> None:  # noqa: F811
