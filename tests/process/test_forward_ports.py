@@ -15,8 +15,8 @@ import pytest
 from process_sshd import free_port, running_sshd
 
 from qvm.errors import GuestError
-from qvm.guest.dial import Connection
 from qvm.guest.bind import bind_loopback
+from qvm.guest.dial import Connection
 from qvm.guest.forward import PortForwarder
 from qvm.guest.ssh import SshConnection
 from qvm.wait import Deadline
