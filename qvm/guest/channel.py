@@ -12,20 +12,12 @@ from typing import Any
 
 from qvm.errors import DeadlineError, GuestCommandError, GuestError
 from qvm.execresult import ExecResult
+from qvm.guest.dial import Dialer
 from qvm.guest.guestprocess import GuestProcess, TtySize
 from qvm.guest.protocol import Hardware, Hello, MountUser, SeedState
 from qvm.guest.wire import AgentWire, Event
 
 _INLINE_INPUT = 64 << 10
-_PIECE = 256 << 10
-_TAKE_FILE = """
-set -e
-mkdir -p "${1%/*}"
-cat >"$1.new"
-[ "$(stat -c %s "$1.new")" = "$3" ] || { rm -f "$1.new"; echo "it arrived incomplete" >&2; exit 1; }
-chmod "$2" "$1.new"
-mv "$1.new" "$1"
-"""
 _ANSWER_GRACE = 10.0
 """Seconds beyond its own deadline that the agent has to say so; generous, for software emulation."""
 
@@ -46,6 +38,8 @@ class AgentChannel(AgentWire):
         self._seed_done = asyncio.Event()
         self._watching = False
         self.session_hooks.append(self._watch_again)
+        self.streams: Dialer | None = None
+        """Byte streams beside this channel, while somebody has connected them."""
 
     async def exec(
         self,
@@ -127,27 +121,12 @@ class AgentChannel(AgentWire):
     ) -> None:
         """Copy a file of the host's, however large, and put it in place atomically; parents are made.
 
-        GuestCommandError where the guest cannot write it, DeadlineError after `timeout` seconds.
+        By `streams` where they are up, which carry many times as much. GuestCommandError where the guest cannot write
+        it, DeadlineError after `timeout` seconds.
         """
-        words = ["sh", "-c", _TAKE_FILE, "take", str(target), f"{mode:o}", str(source.stat().st_size)]
-        process = self.start_process(words, stdin=True, timeout=timeout)
-        try:
-            async with asyncio.timeout(timeout + _ANSWER_GRACE):
-                with source.open("rb") as file:
-                    while data := await asyncio.to_thread(file.read, _PIECE):
-                        await process.write(data)
-                process.write_eof()
-                said = [data async for _, data in process]
-                code = await process.wait()
-        except TimeoutError:
-            raise DeadlineError(f"{source.name} was not copied into the guest within {timeout:g} s") from None
-        finally:
-            process.close()
-        if process.timed_out:
-            raise DeadlineError(f"{source.name} was not copied into the guest within {timeout:g} s")
-        if code != 0:
-            raise GuestCommandError(f"{target} could not be written in the guest",
-                                    details=b"".join(said).decode(errors="replace").strip() or None)
+        from qvm.guest.sending import send_file
+
+        await send_file(self, self.streams, source, target, mode=mode, timeout=timeout)
 
     async def set_clock(self, *, timeout: float = 10.0) -> float:
         """Give the guest the host's time; returns by how many seconds it was off (differences < 50 ms are left)."""

@@ -116,6 +116,7 @@ class GuestLink:
         restored guest 0.2 s, and a runtime's socket need not wait for it.
         """
         await self.streams.connect(self._files.stream_socket)
+        self.channel.streams = self.dialer
         try:
             if self._user_network is not None:
                 await self._user_network.clear()

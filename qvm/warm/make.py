@@ -15,6 +15,7 @@ from qvm.errors import GuestError, NotReadyError, QemuError, QvmError
 from qvm.guest.bootwatch import PANIC_REQUIREMENT, PanicWatch
 from qvm.guest.channel import AgentChannel
 from qvm.guest.keys import ensure_key
+from qvm.guest.streams import StreamMux
 from qvm.image.disk import create_data_disk, create_disk, create_overlay, disk_info
 from qvm.instance.record import write_json
 from qvm.instance.spec import InstanceSpec
@@ -200,7 +201,7 @@ class _Maker:
             self._done("warm seed")
             if self.request.image.is_foreign:  # before packages are installed, its own services have to be up
                 await channel.exec(["sh", "-c", _UNTIL_QUIET], check=False, timeout=self.boot_timeout)
-            version = await self._start_runtime(channel)
+            version = await self._start_runtime(channel, spec)
             # What the boot has left to do, each fork would have to do again.
             await channel.exec(["sh", "-c", _UNTIL_QUIET], check=False, timeout=self.boot_timeout)
             self._done("warm boot")
@@ -228,13 +229,20 @@ class _Maker:
     def _tell_phase(self, name: str, state: str, seconds: float) -> None:
         self.tell(f"warm {name}", state, seconds)
 
-    async def _start_runtime(self, channel: AgentChannel) -> str:
+    async def _start_runtime(self, channel: AgentChannel, spec: InstanceSpec) -> str:
         if self.request.stage != RUNTIME:
             return ""
         runtime = self.request.runtime
         context = self.context()
-        await runtime.provision(channel, context)
-        await runtime.start(channel, context)
+        streams = StreamMux(channel)  # a runtime may have large files to send
+        try:
+            await streams.connect(spec.stream_socket)
+            channel.streams = streams
+            await runtime.provision(channel, context)
+            await runtime.start(channel, context)
+        finally:
+            channel.streams = None
+            await streams.close()
         await wait_for_checks(runtime, channel, context)
         version = await runtime.version(channel, context)
         await runtime.before_freeze(channel, context)
