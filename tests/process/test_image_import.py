@@ -339,7 +339,7 @@ def test_ctrl_c_leaves_nothing(form: str, tmp_path: Path) -> None:
     path = tmp_path / "big.raw"
     with path.open("wb") as file:
         file.write(bootable("BOOTX64.EFI"))
-        for _ in range(96):
+        for _ in range(40):
             file.write(os.urandom(4 * MiB))
     if form == "qcow2":
         path = make_qcow2(path)
