@@ -25,10 +25,13 @@ _PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROX
 
 
 def choose_image(arch: Arch) -> str:
-    """The image whose VM builds: any of qvm's own in the cache, newest first, else the official cloud image."""
+    """The image whose VM builds: of qvm's own in the cache the newest, if possible with mmdebstrap in it (it is installed
+    where not), else the official cloud image.
+    """
     own = [image for image in store.list_images()
            if image.arch == arch and image.kernel is not None and image.manifest.get("packages")]
-    return own[0].id if own else CLOUD_IMAGE
+    ready = [image for image in own if "mmdebstrap" in image.manifest["packages"]]
+    return (ready or own)[0].id if own else CLOUD_IMAGE
 
 
 def build_in_vm(

@@ -23,7 +23,7 @@ echo "qvm-phase: $(id -u) $QVM_WORD"
 cat "$QVM_PACKAGES/there.deb" >"$QVM_OUT/copied"
 echo more >"$QVM_PACKAGES/new.deb"
 if touch "$(dirname "$0")/spoilt" 2>/dev/null; then exit 9; fi
-for program in mmdebstrap mke2fs apt-get dpkg xz zstd unshare; do command -v $program >/dev/null; done
+for program in mke2fs apt-get dpkg xz zstd unshare; do command -v $program >/dev/null; done
 unshare --mount --pid --fork --kill-child -- sh -c 'mount -t tmpfs none /mnt && mkdir /mnt/root' && [ ! -e /mnt/root ]
 truncate -s 1G /var/tmp/sparse && echo end >>/var/tmp/sparse
 cp --sparse=always /var/tmp/sparse "$QVM_OUT/sparse"
