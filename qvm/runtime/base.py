@@ -169,6 +169,8 @@ class Runtime(ABC):
     single_use: bool = False
     """It has keys in its memory that no two machines may share: a warm image with it in it is forked once."""
     sockets: tuple[HostSocket, ...] = ()
+    private_ports: tuple[int, ...] = ()
+    """Guest ports that are the runtime's own business: the host does not get them though they are listened to."""
     data_folders: tuple[PurePosixPath, ...] = ()
     """Guest folders that live on the data disk and so survive `delete`."""
     commands: Mapping[str, Sequence[str]] = {}

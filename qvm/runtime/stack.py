@@ -50,6 +50,7 @@ class Stack(Runtime):
         self.name = "+".join(layer.name for layer in self.layers)
         self.summary = primary.summary
         self.sockets = tuple(socket for layer in self.layers for socket in layer.sockets)
+        self.private_ports = tuple(port for layer in self.layers for port in layer.private_ports)
         self.data_folders = tuple(dict.fromkeys(folder for layer in self.layers for folder in layer.data_folders))
         self.commands = {word: prefix for layer in self.layers for word, prefix in layer.commands.items()}
         self.credential_variables = {

@@ -237,6 +237,7 @@ class Supervisor:
             port_forwarder=config.port_forwarder,
             user_network=QemuUserNetwork.of(self.monitor, pid=self.run.qemu.pid, ssh_port=self.run.ssh_port),
         )
+        self.link.ignore_ports(self.runtime.private_ports)
         return self.link
 
     async def _make_ready(self) -> None:

@@ -46,6 +46,7 @@ class Publishing:
         await self._publish(tell, switch=switch)
 
     async def _publish(self, tell: Callable[[str], None], *, switch: bool) -> None:
+        self._link.ignore_ports(self.runtime.private_ports)
         self._open_ports()
         for note in await asyncio.to_thread(self.runtime.activate, self.context, switch=switch) or ():
             tell(note)

@@ -37,6 +37,7 @@ class K3s(Runtime):
                   "dnf": "containernetworking-plugins iptables-nft curl"},
         programs=("iptables", "curl"), kernel_modules=("br_netfilter", "overlay"),
     )
+    private_ports = inside.PORTS
     data_folders = inside.DATA
     commands = {  # noqa: RUF012  # a constant of the class, as the contract has it
         "k3s": ("sudo", "k3s"), "kubectl": ("sudo", "k3s", "kubectl"), "crictl": ("sudo", "k3s", "crictl"),

@@ -14,6 +14,8 @@ from pathlib import PurePosixPath
 NODE = "qvm"
 """The same in every VM: a fork has another host name than the machine in which its node came up."""
 API_PORT = 6443
+PORTS = (API_PORT, 6444, 10010, *range(10248, 10261))
+"""Of the API server and its local balancer, containerd's streams, and the parts of Kubernetes among themselves."""
 BINARY = PurePosixPath("/usr/local/bin/k3s")
 STAMP = PurePosixPath("/usr/local/lib/qvm/k3s")
 """Digest of the binary that is there, and its version."""

@@ -156,8 +156,8 @@ class Link:
     def set_extra_listeners(self, ports: Sequence[tuple[str, int]]) -> None:
         self.extra.append(ports)
 
-    def ignore_ports(self, ports: set[int]) -> None:
-        self.ignored |= ports
+    def ignore_ports(self, ports: Sequence[int]) -> None:
+        self.ignored |= set(ports)
 
 
 @pytest.fixture
