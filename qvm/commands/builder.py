@@ -25,8 +25,8 @@ _PASSED_ON = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROX
 
 
 def choose_image(arch: Arch) -> str:
-    """The image whose VM builds: of qvm's own in the cache the newest, if possible with mmdebstrap in it (it is installed
-    where not), else the official cloud image.
+    """The image whose VM builds: of qvm's own in the cache the newest, if possible one with mmdebstrap in it (which is
+    installed where not), else the official cloud image.
     """
     own = [image for image in store.list_images()
            if image.arch == arch and image.kernel is not None and image.manifest.get("packages")]
