@@ -5,6 +5,8 @@ PYTEST := .venv/bin/python -m pytest
 CACHE := $(or $(QVM_CACHE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qvm)
 DOCKER_TOOLS := $(CACHE)/test-tools/docker-plugins
 QEMU10 := $(CACHE)/test-tools/qemu10
+# An emulated guest keeps one core busy. The tests of a file share a VM, so they stay together.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: help start test test-quick lint bench clean
 
@@ -22,7 +24,8 @@ test: ## everything: lint, types, unit, process and vm tests (ARGS adds to pytes
 	@tests/tools/fetch-qemu10.sh "$(QEMU10)"
 	@tests/tools/make-cloud-disk.sh "$(CACHE)/test-tools/cloud-disk" "$$(uname -m | sed s/arm64/aarch64/)"
 	@$(QVM) image build debian-13
-	PATH="$$PATH:$(DOCKER_TOOLS)/bin" QVM_TEST_QEMU10="$(QEMU10)/bin" $(PYTEST) $(ARGS)
+	@$(QVM) image build debian-13 --arch aarch64
+	PATH="$$PATH:$(DOCKER_TOOLS)/bin" QVM_TEST_QEMU10="$(QEMU10)/bin" $(PYTEST) $(PARALLEL) $(ARGS)
 
 test-quick: ## the same without the vm tests
 	@scripts/bootstrap.sh --test

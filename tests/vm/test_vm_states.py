@@ -71,7 +71,7 @@ def dev(user: User, busybox_tar: Path) -> User:
     user.qvm("start", "dev", "--runtime", "docker", "--cpus", "2", "--memory", "2", "--disk", "20",
              "--mount", f"{user.work}:/mnt/work")
     user.docker("import", "-c", 'CMD ["/bin/sh"]', str(busybox_tar), "busybox:test")
-    user.docker("run", "-d", "--name", "web", "-p", "8083:80", "busybox:test", "httpd", "-f", "-p", "80", "-h", "/www")
+    user.docker("run", "-d", "--name", "web", "-p", "8086:80", "busybox:test", "httpd", "-f", "-p", "80", "-h", "/www")
     user.docker("run", "-d", "--name", "counter", "busybox:test", "sh", "-c",
                 "n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done")
     start_worker(user)
@@ -91,7 +91,7 @@ def test_everything_goes_on_after_suspend_and_resume(dev: User) -> None:
     assert dev.status("dev")["state"] == "suspended" and not [line for line in dev.processes() if "settle" not in line]
     again = dev.qvm("suspend", "dev")
     assert "already" in again.stderr + again.stdout
-    assert fetch(8083) is None
+    assert fetch(8086) is None
     (dev.work / "from host").write_text("written while it slept")
     time.sleep(3)
     resumed = dev.qvm("resume", "dev")
@@ -102,7 +102,7 @@ def test_everything_goes_on_after_suspend_and_resume(dev: User) -> None:
     assert new_pid == pid and count < new_count < count + 1200 and abs(clock - time.time()) < 5
     assert dev.docker("inspect", "-f", "{{.Id}} {{.State.StartedAt}}", "counter").stdout == container
     assert wait_for(lambda: counted(dev) > numbers, 20, "the container counts on")
-    assert wait_for(lambda: fetch(8083), 20, "port 8083") == "hello from a container\n"
+    assert wait_for(lambda: fetch(8086), 20, "port 8086") == "hello from a container\n"
     assert sh(dev, "dev", "cat '/mnt/work/from host'; echo back >/mnt/work/back") == "written while it slept"
     assert (dev.work / "back").read_text() == "back\n"
     folder = Path(dev.env["QVM_HOME"]) / "_instances" / "dev"
