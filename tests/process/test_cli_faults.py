@@ -53,7 +53,7 @@ def host() -> Iterator[Host]:
         (["start", "Bad_Name!"], ["Bad_Name!"]),
         (["start", "--runtime", "dokcer"], ["dokcer", "docker"]),
         (["start", "one", "--profile", "two"], ["one", "two"]),
-        (["start", "--arch", "s390x"], ["s390x"]),
+        (["start", "--arch", "sparc64"], ["sparc64"]),
         (["strat"], ["start"]),
     ],
 )
