@@ -19,7 +19,7 @@ import yaml
 
 from qvm.errors import ImageError, UsageError
 from qvm.runtime.base import Progress
-from qvm.runtime.fetch import digest_of, download, mirrored
+from qvm.runtime.fetch import digest_of, download, lock, mirrored
 
 _TIMEOUT = (10.0, 30.0)
 _EXACT = re.compile(r"v(\d+)\.(\d+)\.(\d+)(-[0-9A-Za-z.]+)?\+k3s(\d+)")
@@ -142,16 +142,23 @@ def obtain(version: str, arch: str, cache_folder: Path, progress: Progress) -> A
     """
     folder = cache_folder / version
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if (found := find(version, arch, cache_folder)) is not None:
+        return found
+    with lock(folder / ".lock", what=f"k3s {version}"):
+        # Whoever had the lock before may have fetched the same.
+        return find(version, arch, cache_folder) or _fetch(version, arch, folder, progress)
+
+
+def _fetch(version: str, arch: str, folder: Path, progress: Progress) -> Artifacts:
     names = (binary_name(arch), images_name(arch))
+    digests = _obtain_list(version, arch, folder)
     verified = _load_verified(folder)
-    if not all(_unchanged(folder / name, verified) for name in names):
-        digests = _obtain_list(version, arch, folder)
-        for name in names:
-            if name not in digests:
-                raise ImageError(f"the release {version} of k3s has no {name}", hint="choose another version")
-            path = download(artifact_url(version, name), f"sha256:{digests[name]}", folder / name, progress=progress)
-            verified = {**_load_verified(folder), name: [digests[name], path.stat().st_size, path.stat().st_mtime_ns]}
-            _write(folder / VERIFIED, json.dumps(verified).encode())
+    for name in names:
+        if name not in digests:
+            raise ImageError(f"the release {version} of k3s has no {name}", hint="choose another version")
+        path = download(artifact_url(version, name), f"sha256:{digests[name]}", folder / name, progress=progress)
+        verified[name] = [digests[name], path.stat().st_size, path.stat().st_mtime_ns]
+        _write(folder / VERIFIED, json.dumps(verified).encode())
     return Artifacts(version, folder / names[0], str(verified[names[0]][0]), (folder / names[1],))
 
 
