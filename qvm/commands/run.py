@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qvm.commands.run_plan import Wish, forget_plan, plan_run
 from qvm.errors import DeadlineError, GuestError
+from qvm.log import get_logger
 from qvm.progress import Progress
 from qvm.supervisor.keeper import WarmGoneError
 from qvm.supervisor.throwaway import Machine, RestoreFailedError, discard_warm, launch
@@ -26,6 +27,11 @@ KILL_AFTER = 5.0
 """Seconds between SIGTERM and SIGKILL for a command whose time is up, and again until its machine is ended."""
 TIMED_OUT, KILLED = 124, 137
 """As timeout(1) has it: the command ended on SIGTERM; it had to be killed."""
+
+CANCEL_PATIENCE = 1.0
+"""Seconds that tasks may take to end after an interrupt."""
+
+log = get_logger(__name__)
 
 T = TypeVar("T")
 Use = Callable[[Machine], "Coroutine[Any, Any, T]"]
@@ -154,7 +160,7 @@ def _attempt(wish: Wish, use: Use[Outcome], *, progress: Progress) -> Outcome:
         return await use(machine)
 
     with launch(plan, env) as machine:
-        outcome = _run_loop(bring_up_and_use(machine))
+        outcome = _run_loop(lambda: bring_up_and_use(machine))
         ended = time.monotonic()
     outcome.timings = {"plan": planned, **machine.timings, "cleanup": time.monotonic() - ended}
     return outcome
@@ -265,28 +271,38 @@ async def _collect(
                    timed_out=timeout.passed)
 
 
-def _run_loop(work: Coroutine[Any, Any, T]) -> T:
+def _run_loop(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """asyncio.run without its signal handler, which is not ours to install in a program that imports us."""
     import asyncio
+    import inspect
 
     loop = asyncio.new_event_loop()
+    coroutine = work()
     try:
-        return loop.run_until_complete(work)
+        return loop.run_until_complete(coroutine)
     finally:
         try:
             _cancel_all(loop)
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()  # interrupted before it began
         finally:
             loop.close()
 
 
 def _cancel_all(loop: AbstractEventLoop) -> None:
+    """Give every task the chance to clean up. An interrupt is raised wherever the loop happens to be, so what a task
+    waits for may never come: it is left after a moment, since its machine ends anyway.
+    """
     import asyncio
 
     tasks: set[Task[Any]] = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
-    if tasks:  # gather would look for a loop of this thread's
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    if tasks:
+        _, left = loop.run_until_complete(asyncio.wait(tasks, timeout=CANCEL_PATIENCE))
+        if left:
+            log.debug("left behind: %s", left)
+            loop.set_exception_handler(lambda _loop, context: log.debug("%s", context["message"]))
 
 
 def _apart(work: Callable[[], T]) -> T:

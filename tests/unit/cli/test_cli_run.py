@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import click
 import pytest
 
 from qvm.cli.run import _command, _duration
+from qvm.commands import run as run_module
 from qvm.commands import run_plan
 from qvm.commands.run import Interrupts, Timeout
 from qvm.commands.run_plan import Wish
@@ -170,3 +172,26 @@ def test_a_plan_is_made_anew_when_something_changed(
 def test_secrets_are_not_kept(maker: list[Wish], tmp_path: Path) -> None:
     ask(flags={"env": ["TOKEN=hunter2"]})
     assert all("hunter2" not in path.read_text() for path in (tmp_path / "c" / "probe").iterdir())
+
+
+def test_an_interrupt_ends_the_loop_although_a_task_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "CANCEL_PATIENCE", 0.05)
+    held = 0
+
+    async def deaf() -> None:
+        nonlocal held
+        while held < 100:
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                held += 1
+
+    async def work() -> None:
+        task = asyncio.ensure_future(deaf())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGINT)
+        await task
+
+    with pytest.raises(KeyboardInterrupt):
+        run_module._run_loop(work)
+    assert held > 0
