@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from test_qemu_real import Bench, bench, make_disk  # noqa: F401
@@ -120,6 +124,19 @@ def test_a_layer_is_taken_out_while_the_machine_runs(bench: Bench) -> None:  # n
     assert layers.read_header(disk.folder / "data-2.qcow2").backing is None
 
 
+@contextmanager
+def slowly(monitor: Monitor) -> Iterator[None]:
+    """Merges take 1 MiB a second, so that there is time to interrupt them."""
+    execute = monitor.execute
+
+    async def slow(command: str, arguments: Any = None, **options: Any) -> Any:
+        return await execute(command, {**arguments, "speed": 1 << 20} if command == "block-stream" else arguments,
+                             **options)
+
+    with patch.object(monitor, "execute", slow):
+        yield
+
+
 def test_a_merge_lets_go_when_it_is_told_to(bench: Bench) -> None:  # noqa: F811
     """Somebody wants to save the machine: the disk is as before, and merged another time."""
     async def story() -> None:
@@ -135,7 +152,8 @@ def test_a_merge_lets_go_when_it_is_told_to(bench: Bench) -> None:  # noqa: F811
         work = merge.plan_merge(disk, [], running=True)
         assert work is not None
         base = layers.read_header(work.lower).backing
-        assert not await blocks.merge_into_top(monitor, "data", base=base, timeout=20, stop=stop)
+        with slowly(monitor):
+            assert not await blocks.merge_into_top(monitor, "data", base=base, timeout=20, stop=stop)
         assert merge.plan_merge(disk, [], running=True) == work
         assert layers.chain_of(layers.newest(disk))[1] == work.lower
         await snapshot(bench, monitor)
