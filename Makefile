@@ -7,8 +7,9 @@ DOCKER_TOOLS := $(CACHE)/test-tools/docker-plugins
 QEMU10 := $(CACHE)/test-tools/qemu10
 # An emulated guest keeps one core busy. The tests of a file share a VM, so they stay together.
 PARALLEL := -n 2 --dist loadfile
+WITH_TOOLS := PATH="$$PATH:$(DOCKER_TOOLS)/bin" QVM_TEST_QEMU10="$(QEMU10)/bin"
 
-.PHONY: help start test test-quick lint bench clean
+.PHONY: help start test test-long test-quick lint bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
@@ -18,14 +19,20 @@ start: ## install what is missing and start a VM; ARGS="dev --runtime docker" ad
 	@$(QVM) start $(ARGS)
 	@scripts/show-path-hint.sh
 
-test: ## everything: lint, types, unit, process and vm tests (ARGS adds to pytest)
+test: ## lint, types, unit, process and vm tests (ARGS adds to pytest)
 	@scripts/bootstrap.sh --test
 	@tests/tools/fetch-docker-plugins.sh "$(DOCKER_TOOLS)"
 	@tests/tools/fetch-qemu10.sh "$(QEMU10)"
-	@tests/tools/make-cloud-disk.sh "$(CACHE)/test-tools/cloud-disk" "$$(uname -m | sed s/arm64/aarch64/)"
 	@$(QVM) image build debian-13
 	@$(QVM) image build debian-13 --arch aarch64
-	PATH="$$PATH:$(DOCKER_TOOLS)/bin" QVM_TEST_QEMU10="$(QEMU10)/bin" $(PYTEST) $(PARALLEL) $(ARGS)
+	$(WITH_TOOLS) $(PYTEST) $(PARALLEL) -m "not long" $(ARGS)
+
+test-long: ## vm tests that take longer: foreign images, registries, every runtime, Kubernetes
+	@scripts/bootstrap.sh --test
+	@tests/tools/fetch-docker-plugins.sh "$(DOCKER_TOOLS)"
+	@tests/tools/make-cloud-disk.sh "$(CACHE)/test-tools/cloud-disk" "$$(uname -m | sed s/arm64/aarch64/)"
+	@$(QVM) image build debian-13
+	$(WITH_TOOLS) $(PYTEST) -m long $(ARGS)
 
 test-quick: ## the same without the vm tests
 	@scripts/bootstrap.sh --test

@@ -24,7 +24,7 @@ from qvm.arch import host_arch
 ARCHES = list(dict.fromkeys([
     host_arch().name, *filter(None, os.environ.get("QVM_TEST_FOREIGN_ARCHES", "").split(",")),
 ]))  # fmt: skip
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(3600)]
 PATIENCE = 3000.0
 
 

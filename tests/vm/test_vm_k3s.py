@@ -11,7 +11,7 @@ import yaml
 from conftest import User, clear, fetch, make_user, wait_for
 from k3s_parts import WEB, find_k3s, make_place
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(1800)]
 
 KUBECONFIG = """\
 # mine

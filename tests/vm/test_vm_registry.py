@@ -12,7 +12,7 @@ import pytest
 from conftest import QVM, User, wait_for
 from vm_registry import HOST, PASSWORD, USER, make_certificates, serve_registry
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(1500)]
 
 # testcontainers starts its reaper first. The real one is not in the registries that tests may use: this one answers
 # as it would, and only where the engine's socket is mounted where it looks for it.

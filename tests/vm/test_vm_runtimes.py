@@ -16,7 +16,7 @@ import pytest
 from conftest import User
 from vm_registry import HOST, PASSWORD, USER, serve_registry
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.vm, pytest.mark.long, pytest.mark.timeout(2400)]
 
 PACKAGE = "runc"
 NEWER = "99.0-1~qvmtest"
