@@ -152,7 +152,7 @@ def test_run_in_a_throw_away_vm(guest: Guest) -> None:
         times.append(time.monotonic() - began)
         assert done.stdout.strip() == guest.arch.name
     print(f"{guest.arch.name}: run after {times[0]:.1f} and {times[1]:.1f} s")
-    assert guest.user.qvm("run", "--arch", guest.arch.name, "--", "exit 7", check=False).returncode == 7
+    assert guest.user.qvm("run", "--arch", guest.arch.name, "--", "sh", "-c", "exit 7", check=False).returncode == 7
 
 
 def test_stop_and_cold_start(guest: Guest) -> None:
