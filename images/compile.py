@@ -3,8 +3,8 @@
     compile.py PATH         source on standard input, .pyc on standard output, the tag for its name on standard error
     compile.py --tree ROOT  paths below ROOT on standard input, each compiled into its __pycache__
 
-The first kind is hash-based and checked (PEP 552), so that a file replaced later is compiled anew; those of a tree go by
-time and size, as Debian's py3compile makes them.
+The first kind is hash-based and checked (PEP 552), so that a file replaced later is compiled anew; those of a tree go
+by time and size, as Debian's py3compile makes them.
 """
 
 import _frozen_importlib_external as machinery
