@@ -62,6 +62,29 @@ def ensure_private_dir(path: Path) -> Path:
     return path
 
 
+def replace_file(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+    """Write a file in one step: readers see the old content or the new one, and nobody more than `mode` allows.
+
+    `durable`: the content is on the disk before it takes the place of the old. OSError where the host refuses; nothing
+    half-written stays.
+    """
+    import tempfile
+
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), mode)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def sync(path: Path) -> None:
     """Have a file's content, or a folder's names, on the disk before going on (fsync)."""
     fd = os.open(path, os.O_RDONLY)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qvm.errors import HostError
+from qvm.paths import replace_file
 
 _MARK = "# made by `qvm nerdctl install`"
 _SYSTEM = Path("/usr/local/bin")
@@ -44,10 +45,7 @@ def install_alias(client: str, profile: str, *, path: Path | None = None, force:
         if not ours and not force:
             raise HostError(f"{path} exists and is not qvm's", hint="--force replaces it; --path makes it elsewhere")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text)
-        temporary.chmod(0o755)
-        temporary.replace(path)
+        replace_file(path, text.encode(), mode=0o755, durable=False)
     except OSError as error:
         raise HostError(f"cannot write {path}: {error.strerror}", hint="--path FILE makes it elsewhere") from error
     folders = os.environ.get("PATH", "").split(os.pathsep)

@@ -6,8 +6,6 @@ before it replaces the file.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from qvm.config.resolve import ENVIRONMENT, FLAG, Resolved
 from qvm.config.settings import BY_FIELD, BY_KEY, SETTINGS, Setting
 from qvm.errors import HostError
 from qvm.filenames import Files
+from qvm.paths import replace_file
 
 if TYPE_CHECKING:
     from yaml.nodes import Node
@@ -133,16 +132,6 @@ def _render(key: str, value: Any) -> str:
 def _write(path: Path, text: str) -> None:
     """Replace the file atomically, 0600: environment variables in it may be secrets."""
     try:
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=".qvm.yaml.")
-        temporary = Path(name)
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path.resolve())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_file(path.resolve(), text.encode())
     except OSError as error:
         raise HostError(f"cannot write {path}: {error.strerror}", hint="free some space or set QVM_HOME") from error

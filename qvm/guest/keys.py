@@ -8,11 +8,11 @@ authorized_keys (sshd(8)).
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from qvm.errors import HostError
 from qvm.filenames import Files
+from qvm.paths import replace_file
 
 # ssh binds ControlPath with "." and 16 random letters behind it before it renames (OpenSSH mux.c), so a path may
 # have 17 bytes less than sun_path holds (103, `qvm.filenames.MAX_SOCKET_PATH`).
@@ -71,16 +71,9 @@ def _public_line(key: bytes, comment: str) -> bytes:
 
 
 def _write_private(path: Path, data: bytes) -> None:
-    """Write atomically with mode 0600 from the first moment on (mkstemp's mode)."""
+    """Write in one step, 0600 from the first moment on."""
     try:
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(path, data, durable=False)
     except OSError as error:
         raise HostError(f"cannot write {path}: {error.strerror}",
                         hint="set QVM_HOME to a folder you can write to") from error

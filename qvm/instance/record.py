@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 from qvm.config.model import Config, Mount
 from qvm.config.ports import parse_rule
 from qvm.errors import HostError, InstanceStateError
+from qvm.paths import replace_file
 from qvm.process import Identity
 
 VERSION = 1
@@ -142,18 +141,7 @@ def config_from_dict(data: dict[str, Any]) -> Config:
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Replace `path` atomically (0600), so that a reader sees the old or the new content and a crash leaves one."""
     try:
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        try:
-            with os.fdopen(fd, "w") as file:
-                json.dump(data, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
     except OSError as error:
         raise HostError(f"cannot write {path}: {error.strerror}", hint="free some space or set QVM_HOME") from error
 

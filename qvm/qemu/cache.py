@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +34,7 @@ def save_entry(name: str, key: str, value: dict[str, Any]) -> None:
     text = json.dumps({"key": key, "value": value}, indent=1)
     try:
         folder = paths.ensure_private_dir(probe_dir())
-        fd, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-        with os.fdopen(fd, "w") as file:
-            file.write(text)
-        Path(temporary).replace(folder / name)
+        paths.replace_file(folder / name, text.encode(), durable=False)
     except (OSError, HostError) as error:
         log.warning("cannot remember %s: %s", name, error)
 

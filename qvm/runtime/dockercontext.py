@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qvm.runtime.base import RuntimeContext
+from qvm.runtime.hostfiles import replace_file
 from qvm.runtime.jsonedit import get_string, set_string
 
 DEFAULT = "default"
@@ -198,7 +198,7 @@ class DockerContexts:
         if path.is_file() and path.read_bytes() == data:
             return
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        _replace_file(path, data, mode=0o644)
+        replace_file(path, data, mode=0o644)
 
     def _delete(self, name: str) -> None:
         path = self._meta_path(name)
@@ -221,21 +221,7 @@ class DockerContexts:
             return
         path = (self.folder / "config.json").resolve()
         mode = path.stat().st_mode & 0o7777 if path.exists() else 0o600
-        _replace_file(path, after.encode(), mode=mode)
-
-
-def _replace_file(path: Path, data: bytes, *, mode: int) -> None:
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), mode)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        replace_file(path, after.encode(), mode=mode)
 
 
 def _host_of(meta: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qvm.errors import HostError
+from qvm.paths import replace_file
 
 VOLUME = "cidata"
 _DATE = 1577836800.0
@@ -68,11 +68,7 @@ def write_iso(files: Mapping[str, bytes], path: Path) -> bool:
         if path.exists() and path.read_bytes() == data:
             path.chmod(0o600)
             return False
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        temporary.replace(path)
+        replace_file(path, data, durable=False)
     except OSError as error:
         raise HostError(f"cannot write the seed {path}: {error.strerror}",
                         hint="check the free space and the rights of that folder") from error

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from qvm.runtime.hostfiles import replace_file
 
 from . import kubeconfig
 from .kubeconfig import ForeignEntryError
@@ -195,19 +196,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(target: Path, data: bytes) -> None:
-    """In one step, with the mode it had; a new one is for its owner alone."""
-    mode = target.stat().st_mode & 0o7777 if target.exists() else 0o600
-    fd, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), mode)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """With the mode it had; a new one is for its owner alone."""
+    replace_file(target, data, mode=target.stat().st_mode & 0o7777 if target.exists() else 0o600)
 
 
 __all__ = ["CannotEditError", "ForeignEntryError", "Published", "default_file", "find_files", "publish", "withdraw"]

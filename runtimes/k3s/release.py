@@ -19,7 +19,8 @@ import yaml
 
 from qvm.errors import ImageError, UsageError
 from qvm.runtime.base import Progress
-from qvm.runtime.fetch import digest_of, download, lock, mirrored
+from qvm.runtime.fetch import digest_of, download, mirrored
+from qvm.runtime.hostfiles import lock, replace_file
 
 _TIMEOUT = (10.0, 30.0)
 _EXACT = re.compile(r"v(\d+)\.(\d+)\.(\d+)(-[0-9A-Za-z.]+)?\+k3s(\d+)")
@@ -116,7 +117,7 @@ def resolve(wish: str, cache_folder: Path, progress: Progress) -> str:
         progress.note(f"{error.message}; {wish} is taken to be {_channel(channels, wish)}, as it was last time")
     else:
         cache_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write(known, json.dumps(channels, indent=1).encode())
+        replace_file(known, json.dumps(channels, indent=1).encode(), mode=0o644, durable=False)
     found = _channel(channels, wish)
     if found is None:
         raise UsageError(f"k3s has no channel {wish!r}", hint=f"there are: {', '.join(sorted(channels)[-8:])}")
@@ -158,7 +159,7 @@ def _fetch(version: str, arch: str, folder: Path, progress: Progress) -> Artifac
             raise ImageError(f"the release {version} of k3s has no {name}", hint="choose another version")
         path = download(artifact_url(version, name), f"sha256:{digests[name]}", folder / name, progress=progress)
         verified[name] = [digests[name], path.stat().st_size, path.stat().st_mtime_ns]
-        _write(folder / VERIFIED, json.dumps(verified).encode())
+        replace_file(folder / VERIFIED, json.dumps(verified).encode(), mode=0o644, durable=False)
     return Artifacts(version, folder / names[0], str(verified[names[0]][0]), (folder / names[1],))
 
 
@@ -195,7 +196,7 @@ def _obtain_list(version: str, arch: str, folder: Path) -> dict[str, str]:
         text = _get(artifact_url(version, path.name), what=f"the list of digests of k3s {version}")
         if not parse_list(text):
             raise ImageError(f"{artifact_url(version, path.name)} is no list of SHA-256 digests", hint="set QVM_MIRROR")
-        _write(path, text.encode())
+        replace_file(path, text.encode(), mode=0o644, durable=False)
     return parse_list(path.read_text())
 
 
@@ -247,9 +248,3 @@ def _unchanged(path: Path, verified: dict[str, list[Any]]) -> bool:
         return verified[path.name][1:] == [found.st_size, found.st_mtime_ns]
     except (OSError, KeyError, IndexError):
         return False
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
