@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from qvm.errors import HostError
 from qvm.filenames import FIRMWARE_VARS
 from qvm.image.qcow2 import write_overlay
+from qvm.instance.runfolder import RunFolder, make_run_folder, sweep_runs
 from qvm.process import DyingProcess, spawn_dying
-from qvm.supervisor.runfolder import RunFolder, make_run_folder, sweep_runs
 from qvm.supervisor.runplan import FOLDER, RunPlan, seed_data
 
 if TYPE_CHECKING:

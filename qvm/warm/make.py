@@ -18,6 +18,7 @@ from qvm.guest.keys import ensure_key
 from qvm.guest.streams import StreamMux
 from qvm.image.disk import create_data_disk, create_disk, create_overlay, disk_info
 from qvm.instance.record import write_json
+from qvm.instance.runfolder import make_run_folder, sweep_runs
 from qvm.instance.spec import InstanceSpec
 from qvm.locks import lock
 from qvm.logtail import tail_of
@@ -84,13 +85,17 @@ def _make(request: WarmRequest, key: str, progress: Progress) -> None:
     sweep(key)
     name = f"{key}-{secrets.token_hex(4)}"
     folder = paths.ensure_private_dir(warm_dir() / f".{name}")
+    # A cache's path may be longer than a socket's may.
+    sweep_runs()
+    run = make_run_folder()
     try:
-        maker = _Maker(request, folder, progress.milestone)
+        maker = _Maker(request, folder, run.path, progress.milestone)
         request.runtime.prepare_host(maker.context(), progress)
         asyncio.run(maker.make())
         final = warm_dir() / name
         folder.rename(final)
     finally:
+        run.close()
         shutil.rmtree(folder, ignore_errors=True)
     if load_warm(final) is None:
         raise QvmError("the warm image vanished as soon as it was made", hint="this is a defect in qvm")
@@ -109,16 +114,17 @@ def take_warm(request: WarmRequest, *, progress: Progress) -> WarmImage:
 
 
 class _Maker:
-    def __init__(self, request: WarmRequest, folder: Path, tell: Tell) -> None:
+    def __init__(self, request: WarmRequest, folder: Path, sockets: Path, tell: Tell) -> None:
         self.request = request
         self.folder = folder
+        self.sockets = sockets
         self.tell = tell
         self.timings: dict[str, float] = {}
         self._last = time.monotonic()
 
     async def make(self) -> None:
         request, folder = self.request, self.folder
-        spec = build_warm_spec(request, folder)
+        spec = build_warm_spec(request, folder, sockets=self.sockets)
         self._write_files(spec)
         identity = start_qemu(spec, request.features, log=folder / "qemu.log", tied=True)
         monitor = await Monitor.connect(spec.monitor_socket)
@@ -254,8 +260,6 @@ class _Maker:
         """What is left behind is what forks need; disks reach the disk now, the RAM in its own time (settle.py)."""
         request, folder = self.request, self.folder
         for name in ("serial.log", "qemu.log"):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("m", "a", "s"):
             (folder / name).unlink(missing_ok=True)
         for path in (*folder.glob("*.qcow2"), *folder.glob("*.fd"), folder / "devices", folder / "seed.iso"):
             paths.sync(path)

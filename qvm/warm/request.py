@@ -101,9 +101,12 @@ def nobodys_context(sections: Mapping[str, Mapping[str, Any]], arch: Arch, folde
                           sections=sections)
 
 
-def build_warm_spec(request: WarmRequest, folder: Path) -> InstanceSpec:
-    """The machine that is booted and frozen in `folder`; that of a fork is made from it (`build_fork_spec`)."""
-    image = request.image
+def build_warm_spec(request: WarmRequest, folder: Path, *, sockets: Path | None = None) -> InstanceSpec:
+    """The machine that is booted and frozen in `folder`; that of a fork is made from it (`build_fork_spec`).
+
+    `sockets`: where its sockets are while it boots; `folder` unless given.
+    """
+    image, sockets = request.image, sockets or folder
     boot = kernel_boot(image.kernel, image.initrd, image.cmdline, request.arch, request.accel)
     return InstanceSpec(
         name="warm", uuid=_UUID, arch=request.arch.name, accel=request.accel, cpus=request.cpus, memory=request.memory,
@@ -113,7 +116,7 @@ def build_warm_spec(request: WarmRequest, folder: Path) -> InstanceSpec:
             Disk(folder / "seed.iso", "seed", format="raw", readonly=True),
         ),
         mounts=(), mac=_MAC, ssh_port=0,
-        monitor_socket=folder / "m", agent_socket=folder / "a", stream_socket=folder / "s",
+        monitor_socket=sockets / "m", agent_socket=sockets / "a", stream_socket=sockets / "s",
         serial_log=folder / "serial.log",
         boot=boot, firmware_vars=None if boot is not None else folder / FIRMWARE_VARS,
         ram_file=folder / "ram", ram_shared=True, mount_slots=request.mount_slots, idle_folder=folder / "idle",

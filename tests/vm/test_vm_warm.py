@@ -20,8 +20,11 @@ ROUNDS = int(os.environ.get("QVM_TEST_ROUNDS", "3"))
 
 
 def cache(user: User, tmp_path: Path) -> Path:
-    """A cache of the test's own, with the image of the user's: what it makes and breaks is nobody else's."""
-    folder = tmp_path / "cache"
+    """A cache of the test's own, with the image of the user's: what it makes and breaks is nobody else's.
+
+    Its path is longer than that of a socket may be.
+    """
+    folder = tmp_path / ("cache" * 20)
     folder.mkdir()
     for name in ("images", "tools", "apt", "probe", "test-tools"):
         source = Path(user.env["QVM_CACHE_HOME"]) / name
@@ -67,8 +70,7 @@ def test_one_maker_at_a_time_and_the_others_use_what_it_made(fresh: User) -> Non
 def test_a_killed_maker_leaves_nothing(fresh: User) -> None:
     maker = fresh.popen("image", "warm", "--runtime", "none")
     folder = Path(fresh.env["QVM_CACHE_HOME"]) / "warm"
-    wait_for(lambda: list(folder.glob(".*/m")), 60, "QEMU of the warm image")
-    qemu = wait_for(lambda: machines(folder), 10, "its process")
+    qemu = wait_for(lambda: machines(folder), 60, "QEMU of the warm image")
     maker.kill()
     maker.wait(10)
     wait_for(lambda: not machines(folder), 10, f"the end of {qemu}")
@@ -76,6 +78,7 @@ def test_a_killed_maker_leaves_nothing(fresh: User) -> None:
     again = fresh.qvm("image", "warm", "--runtime", "none")
     assert MAKES in again.stderr
     assert [entry.name for entry in folder.iterdir() if entry.name.startswith(".")] == []
+    assert list((Path(fresh.env["QVM_HOME"]) / "_runs").iterdir()) == []
 
 
 def machines(folder: Path) -> list[str]:
@@ -99,6 +102,7 @@ def test_ctrl_c_while_a_warm_image_is_made(fresh: User) -> None:
     out, err = start.communicate(timeout=60)
     assert start.returncode == 130, (out, err)
     assert not machines(folder) and list(folder.glob(".*")) == []
+    assert list((Path(fresh.env["QVM_HOME"]) / "_runs").iterdir()) == []
     assert fresh.processes() == []
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qvm.errors import PathTooLongError
-from qvm.supervisor.runfolder import make_run_folder, runs_dir, sweep_runs
+from qvm.instance.runfolder import make_run_folder, runs_dir, sweep_runs
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_private_and_gone_at_the_end() -> None:
 
 
 def test_the_living_are_not_swept_and_the_killed_are() -> None:
-    script = "import time\nfrom qvm.supervisor.runfolder import make_run_folder\nf = make_run_folder()\n" \
+    script = "import time\nfrom qvm.instance.runfolder import make_run_folder\nf = make_run_folder()\n" \
              "(f.path / 'disk').write_text('x')\nprint(f.path, flush=True)\ntime.sleep(100)"
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None

@@ -1,7 +1,8 @@
-"""Folders of throw-away machines: QVM_HOME/_runs/<name>, one a run, locked while it lives.
+"""Folders of machines without a name: QVM_HOME/_runs/<name>, one a machine, locked while it lives.
 
-A run removes its folder as soon as QEMU has everything in it open, so there is little to leave behind; what a killed
-one left all the same, the next one sweeps away.
+`qvm run` keeps its machine's disks and sockets there, the making of a warm image its sockets. A run removes its folder
+as soon as QEMU has everything in it open, so there is little to leave behind; what a killed one left all the same, the
+next one sweeps away.
 """
 
 from __future__ import annotations
