@@ -7,9 +7,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qvm.arch import Arch
 from qvm.errors import HostError, ImageError
 from qvm.progress import Progress
+
+if TYPE_CHECKING:
+    import requests
 
 DEFAULT = "http://deb.debian.org/debian"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -20,6 +25,8 @@ _TIMEOUT = 15.0
 class Mirror:
     main: str
     security: str | None
+    updates: bool = True
+    """Whether the main archive's `<suite>-updates` is to be used."""
 
 
 def parse_sources(texts: Iterable[str]) -> list[str]:
@@ -63,35 +70,66 @@ def host_sources() -> list[str]:
     return texts
 
 
-def probe_mirror(suite: str, progress: Progress) -> Mirror:
+def probe_mirror(suite: str, arch: Arch, components: Iterable[str], progress: Progress) -> Mirror:
     """The mirror to use, proven to answer for `suite`.
 
-    Raises ImageError where it does not; a mirror without security updates is used without them, and says so.
+    Raises ImageError where it does not; what it has no complete updates of is built without them, and says so.
     """
     import requests
 
-    override = os.environ.get("QVM_DEBIAN_MIRROR")
-    mirror = choose_mirror(parse_sources(host_sources()), override)
-
-    def answers(address: str) -> str | None:
+    with requests.Session() as session:
+        mirror = choose_mirror(parse_sources(host_sources()), os.environ.get("QVM_DEBIAN_MIRROR"))
         try:
-            reply = requests.get(address, timeout=_TIMEOUT, stream=True)
-            reply.close()
+            _get(session, f"{mirror.main}/dists/{suite}/InRelease")
         except requests.RequestException as error:
-            return type(error).__name__ + f": {error}"
-        return None if reply.status_code == 200 else f"HTTP {reply.status_code}"
+            raise ImageError(
+                f"the Debian mirror {mirror.main} does not answer for {suite}", details=str(error),
+                hint="check the network and http_proxy, or name another mirror: "
+                     "export QVM_DEBIAN_MIRROR=http://deb.debian.org/debian",
+            ) from error  # fmt: skip
 
-    problem = answers(f"{mirror.main}/dists/{suite}/InRelease")
-    if problem is not None:
-        raise ImageError(
-            f"the Debian mirror {mirror.main} does not answer for {suite}", details=problem,
-            hint="check the network and http_proxy, or name another mirror: "
-                 "export QVM_DEBIAN_MIRROR=http://deb.debian.org/debian",
-        )  # fmt: skip
-    if mirror.security and answers(f"{mirror.security}/dists/{suite}-security/InRelease") is not None:
-        progress.note(f"{mirror.security} does not answer: the image is built without Debian's security updates")
-        return Mirror(mirror.main, None)
-    return mirror
+        def usable(address: str, what: str) -> bool:
+            try:
+                missing = _find_stale(session, address, [f"{part}/binary-{arch.debian}" for part in components])
+            except requests.RequestException:
+                problem = f"{address} does not answer"
+            else:
+                if missing is None:
+                    return True
+                problem = f"{address} is being synchronised ({missing} is not what its Release file says)"
+            progress.note(f"{problem}: the image is built without {what}; build it again to have them")
+            return False
+
+        updates = usable(f"{mirror.main}/dists/{suite}-updates", "Debian's updates")
+        security = mirror.security
+        if security and not usable(f"{security}/dists/{suite}-security", "Debian's security updates"):
+            security = None
+        return Mirror(mirror.main, security, updates)
+
+
+def _get(session: requests.Session, address: str) -> str:
+    reply = session.get(address, timeout=_TIMEOUT)
+    reply.raise_for_status()
+    return reply.text
+
+
+def _find_stale(session: requests.Session, address: str, folders: Iterable[str]) -> str | None:
+    """The first package list that the mirror cannot give as its InRelease promises it; None where all are there.
+
+    apt would end with "Mirror sync in progress?", for hours on some mirrors of the rarer architectures.
+    """
+    release = _get(session, f"{address}/InRelease")
+    for folder in folders:
+        path = f"{folder}/Packages.xz"
+        promised = re.search(rf"^ ([0-9a-f]{{64}}) +(\d+) {re.escape(path)}$", release, re.MULTILINE)
+        if promised is None:
+            continue  # this archive has nothing for the component
+        if session.head(f"{address}/{folder}/by-hash/SHA256/{promised[1]}", timeout=_TIMEOUT).ok:
+            continue
+        plain = session.head(f"{address}/{path}", timeout=_TIMEOUT)
+        if not plain.ok or plain.headers.get("Content-Length") != promised[2]:
+            return path
+    return None
 
 
 def render_sources(mirror: Mirror, suite: str, components: Iterable[str], *, check: bool = True) -> str:
@@ -104,7 +142,9 @@ def render_sources(mirror: Mirror, suite: str, components: Iterable[str], *, che
         raise HostError("Debian's archive keyring is missing on this host, so packages could not be verified",
                         hint="sudo apt install debian-archive-keyring")
     options, parts = f"[signed-by={KEYRING}]", " ".join(components)
-    lines = [f"deb {options} {mirror.main} {suite} {parts}", f"deb {options} {mirror.main} {suite}-updates {parts}"]
+    lines = [f"deb {options} {mirror.main} {suite} {parts}"]
+    if mirror.updates:
+        lines.append(f"deb {options} {mirror.main} {suite}-updates {parts}")
     if mirror.security:
         lines.append(f"deb {options} {mirror.security} {suite}-security {parts}")
     return "".join(line + "\n" for line in lines)

@@ -206,7 +206,7 @@ def build_base(
         check_programs(arch)
     final = paths.ensure_private_dir(bases_dir()) / base_key(recipe, arch)[:16]
     check_space(bases_dir())
-    source = mirror.probe_mirror(recipe.suite, progress)
+    source = mirror.probe_mirror(recipe.suite, arch, recipe.components, progress)
     packages = paths.ensure_private_dir(paths.cache_home() / "apt" / arch.debian)
     with work_folder(final.name) as work:
         sources = mirror.render_sources(source, recipe.suite, recipe.components, check=chosen is None)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from qvm import process
+from qvm.arch import find_arch
 from qvm.errors import HostError, ImageError, NoSpaceError
 from qvm.image import disk, mirror, namespace, rootfs
 from qvm.image.download import mirrored
 from qvm.image.mirror import Mirror, choose_mirror, parse_sources, render_sources
 from qvm.progress import NullProgress
 from qvm.units import GiB, MiB
+
+ARM = find_arch("aarch64")
+assert ARM is not None
 
 ONE_LINE = """\
 # deb http://old/debian trixie main
@@ -62,14 +71,87 @@ def test_sources_are_tied_to_the_keyring(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert text.count(f"[signed-by={ring}]") == 3
     assert "debian-security trixie-security main" in text
     assert "security" not in render_sources(Mirror("http://m/debian", None), "trixie", ["main"])
+    assert "updates" not in render_sources(Mirror("http://m/debian", None, updates=False), "trixie", ["main"])
 
 
 def test_mirror_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("QVM_DEBIAN_MIRROR", "http://127.0.0.1:9/debian")
     with pytest.raises(ImageError, match=r"127\.0\.0\.1:9/debian does not answer") as caught:
-        mirror.probe_mirror("trixie", NullProgress())
+        mirror.probe_mirror("trixie", ARM, ["main"], NullProgress())
     assert "QVM_DEBIAN_MIRROR" in (caught.value.hint or "")
+
+
+class Archive(SimpleHTTPRequestHandler):
+    """A mirror's folder, served without a log."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A whole mirror of no packages, as QVM_DEBIAN_MIRROR; the folder that holds `debian` and `debian-security`."""
+    for suite in ("debian/dists/trixie", "debian/dists/trixie-updates", "debian-security/dists/trixie-security"):
+        lists = tmp_path / suite / "main" / "binary-arm64"
+        lists.mkdir(parents=True)
+        (lists / "Packages.xz").write_bytes(suite.encode())
+        digest = hashlib.sha256(suite.encode()).hexdigest()
+        (tmp_path / suite / "InRelease").write_text(
+            f"SHA256:\n {'0' * 64}        9 main/binary-all/Packages.xz\n"
+            f" {digest} {len(suite):8} main/binary-arm64/Packages.xz\n"
+        )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Archive, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("QVM_DEBIAN_MIRROR", f"http://127.0.0.1:{server.server_port}/debian")
+    yield tmp_path
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Notes(NullProgress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+def test_a_whole_mirror_is_used_whole(archive: Path) -> None:
+    notes = Notes()
+    found = mirror.probe_mirror("trixie", ARM, ["main", "contrib"], notes)
+    assert found.updates and found.security == f"{found.main}-security" and notes.notes == []
+
+
+def test_lists_that_are_older_than_their_release_file_are_left_out(archive: Path) -> None:
+    """A mirror in the middle of a synchronisation, where apt-get update fails."""
+    for suite in ("debian/dists/trixie-updates", "debian-security/dists/trixie-security"):
+        (archive / suite / "main" / "binary-arm64" / "Packages.xz").write_bytes(b"of yesterday")
+    notes = Notes()
+    found = mirror.probe_mirror("trixie", ARM, ["main"], notes)
+    assert not found.updates and found.security is None
+    assert [("being synchronised" in note, "main/binary-arm64" in note) for note in notes.notes] == [(True, True)] * 2
+    assert "without Debian's security updates" in notes.notes[1]
+
+
+def test_lists_found_by_their_digest_are_fresh(archive: Path) -> None:
+    suite = archive / "debian/dists/trixie-updates"
+    lists = suite / "main" / "binary-arm64"
+    by_hash = lists / "by-hash" / "SHA256"
+    by_hash.mkdir(parents=True)
+    digest = hashlib.sha256(b"debian/dists/trixie-updates").hexdigest()
+    (lists / "Packages.xz").rename(by_hash / digest)
+    assert mirror.probe_mirror("trixie", ARM, ["main"], NullProgress()).updates
+
+
+def test_no_security_archive(archive: Path) -> None:
+    (archive / "debian-security").rename(archive / "gone")
+    notes = Notes()
+    assert mirror.probe_mirror("trixie", ARM, ["main"], notes).security is None
+    assert "does not answer" in notes.notes[0]
 
 
 @pytest.mark.parametrize(
