@@ -26,19 +26,22 @@ FORK_FILES = {
 
 class Freezer:
     """Makes a machine ready to be frozen and forked: what each fork would do alike is done once, and what it should
-    not share goes. Stage `running` is a machine that somebody uses, about to be copied: nothing is taken from it.
+    not share goes. Stage `ahead` is the part that can be done while the machine's runtime still starts. Stage `running`
+    is a machine that somebody uses, about to be copied: nothing is taken from it.
     """
 
     def __init__(self, stage, known):
         self.stage, self.known = stage, known
 
     def run(self):
-        steps = (self.know_ids, self.sync)
-        if self.stage != "running":
-            steps = (self.load, self.forget, self.prepare, self.units, self.quiet_network, self.rehearse,
-                     *((self.unbind_data_disk,) if self.stage == "base" else ()), *steps)
+        steps = {
+            "ahead": (self.load, self.forget, self.prepare, self.units, self.rehearse),
+            "base": (self.quiet_network, self.unbind_data_disk, self.know_ids, self.sync),
+            "runtime": (self.quiet_network, self.know_ids, self.sync),
+            "running": (self.know_ids, self.sync),
+        }
         timings = {}
-        for step in steps:
+        for step in steps[self.stage]:
             begun = time.monotonic()
             step()
             timings[step.__name__] = round(time.monotonic() - begun, 4)

@@ -71,11 +71,10 @@ class Identity:
 
     def op_freeze(self, message):
         def work():
-            self.env = {} if message["stage"] != "running" else self.env
             return Freezer(message["stage"], self.known).run()
 
-        if message["stage"] != "running":
-            self.seed = {"state": "pending"}
+        if message["stage"] in ("base", "runtime"):
+            self.seed, self.env = {"state": "pending"}, {}
         self.channel.answer_later(message["id"], work)
 
     def op_track(self, message):

@@ -165,11 +165,13 @@ class AgentChannel(AgentWire):
     async def freeze(self, stage: str, *, timeout: float = 60.0) -> dict[str, float]:
         """Make the guest ready to be frozen, its disks written; the host pauses it next. Seconds by step.
 
-        "runtime" and "base" (the data disk's driver let go) are of a machine that belongs to nobody; from one that is
-        "running" for somebody, and is about to be copied, nothing is taken. GuestError where a step fails.
+        "runtime" and "base" (the data disk's driver let go) are of a machine that belongs to nobody, for which "ahead"
+        has been asked before: that part needs no quiet machine. From one that is "running" for somebody, and is about
+        to be copied, nothing is taken. GuestError where a step fails.
         """
         answer = await self.request("freeze", stage=stage, timeout=timeout)
-        self._note_seed(self._seed if stage == "running" else SeedState("pending"))
+        if stage in ("base", "runtime"):
+            self._note_seed(SeedState("pending"))
         return {str(name): float(value) for name, value in answer["timings"].items()}
 
     async def track_id(self, name: str, *, file: str | PurePosixPath, process: str, timeout: float = 60.0) -> int:

@@ -29,7 +29,8 @@ Host to guest, `{"id": N, "op": ...}`; the guest answers `{"id": N, "ok": true, 
     mount       tag, target, writable, cache, user {uid, gid, home} -> changed
     umount      target, lazy                    -> changed
     apply       document (as in the seed)       -> seed; with a section `fork` (below) stale [names] in it
-    freeze      stage (runtime, base, running)  -> timings; the machine is ready to be frozen, its disks are written
+    freeze      stage (ahead, runtime, base, running) -> timings; after `ahead`, which comes first, and another the
+                                                machine is ready to be frozen, its disks are written
     stir        entropy (base64)                the kernel's random numbers go on from there
     track       name, file, process             -> found: places in memory of an id that each fork shall have anew
     grow                                        -> grown [mount points]

@@ -43,6 +43,11 @@ FOREIGN_BOOT_TIMEOUT = 1200.0
 """The same for an image that qvm did not make: firmware, boot loader, its own kernel and services, cloud-init."""
 FOREIGN_ROOT_SIZE = 20 * GiB
 QUIT_TIMEOUT = 30.0
+QEMU_REQUIREMENT = "qemu"
+"""Of the NotReadyError of a machine whose QEMU ended: QEMU 7.2's TCG dies now and then, with or without words
+(`iotlb_to_section`), where a boot moves devices while another processor of the guest uses one."""
+_ENDING = 1.0
+"""Seconds from the end of QEMU's sockets to the end of its process, at most; it may write a core in them."""
 # Under systemd cloud-init's stages are services like others.
 _UNTIL_QUIET = """
 if [ -d /run/systemd/system ]; then exec systemctl is-system-running --wait; fi
@@ -70,7 +75,7 @@ def ensure_warm(request: WarmRequest, *, count: int = 1, progress: Progress) -> 
             try:
                 _make(request, key, progress)
             except NotReadyError as error:
-                if error.requirement != PANIC_REQUIREMENT or request.accel != "tcg":
+                if error.requirement not in (PANIC_REQUIREMENT, QEMU_REQUIREMENT) or request.accel != "tcg":
                     raise
                 progress.note(f"{error.message}; it is booted once more")
                 _make(request, key, progress)
@@ -137,6 +142,12 @@ class _Maker:
             if not await wait_gone(identity, QUIT_TIMEOUT):
                 raise QemuError(f"QEMU did not end within {QUIT_TIMEOUT:g} s after the freeze")
             self._done("warm freeze")
+        except QvmError as error:
+            if not await wait_gone(identity, _ENDING):
+                await self._abandon(identity, monitor)
+                raise
+            await monitor.close()
+            raise self._ended() from error
         except BaseException:
             await self._abandon(identity, monitor)
             raise
@@ -149,6 +160,10 @@ class _Maker:
     @property
     def boot_timeout(self) -> float:
         return FOREIGN_BOOT_TIMEOUT if self.request.image.is_foreign else BOOT_TIMEOUT
+
+    def _ended(self) -> NotReadyError:
+        details = tail_of(self.folder / "qemu.log")
+        return NotReadyError(QEMU_REQUIREMENT, "QEMU ended while the warm image booted", details=details or None)
 
     async def _abandon(self, identity: Identity, monitor: Monitor) -> None:
         await stop_qemu(identity, monitor, force=True)
@@ -207,7 +222,13 @@ class _Maker:
             self._done("warm seed")
             if self.request.image.is_foreign:  # before packages are installed, its own services have to be up
                 await channel.exec(["sh", "-c", _UNTIL_QUIET], check=False, timeout=self.boot_timeout)
-            version = await self._start_runtime(channel, spec)
+            # Processors wait often while a runtime starts.
+            ahead = asyncio.create_task(channel.freeze("ahead", timeout=self.boot_timeout))
+            try:
+                version = await self._start_runtime(channel, spec)
+                self.timings |= {f"ahead {name}": seconds for name, seconds in (await ahead).items()}
+            finally:
+                ahead.cancel()
             # What the boot has left to do, each fork would have to do again.
             await channel.exec(["sh", "-c", _UNTIL_QUIET], check=False, timeout=self.boot_timeout)
             self._done("warm boot")
@@ -225,12 +246,9 @@ class _Maker:
             except QvmError as error:
                 raise NotReadyError("agent", error.message, details=tail_of(spec.serial_log) or None) from error
 
-        log = self.folder / "qemu.log"
         tell = self._tell_phase if self.request.image.is_foreign else None
         with PanicWatch(spec.serial_log, tell, monitor.quit):
-            await monitor.unless_closed(hello(), lambda: NotReadyError(
-                "qemu", "QEMU ended while the warm image booted", log_path=log, details=tail_of(log) or None
-            ))  # fmt: skip
+            await monitor.unless_closed(hello(), self._ended)
 
     def _tell_phase(self, name: str, state: str, seconds: float) -> None:
         self.tell(f"warm {name}", state, seconds)

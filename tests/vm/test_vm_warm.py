@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import User, wait_for
 
@@ -91,6 +92,23 @@ def machines(folder: Path) -> list[str]:
         if "qemu-system" in line and str(folder) in line:
             found.append(f"{entry.name} {line[:60]}")
     return found
+
+
+def test_a_qemu_that_dies_while_it_makes_one_gets_a_second_chance(fresh: User) -> None:
+    maker = fresh.popen("image", "warm", "--runtime", "none")
+    folder = Path(fresh.env["QVM_CACHE_HOME"]) / "warm"
+    pid = int(wait_for(lambda: machines(folder), 60, "QEMU of the warm image")[0].split()[0])
+
+    def busy() -> float:
+        times = psutil.Process(pid).cpu_times()
+        return times.user + times.system
+
+    wait_for(lambda: busy() > 3, 60, "its guest boots")
+    os.kill(pid, signal.SIGSEGV)
+    out, err = maker.communicate(timeout=400)
+    assert maker.returncode == 0, (out, err)
+    assert b"QEMU ended while the warm image booted; it is booted once more" in err
+    assert len(warm_images(fresh)) == 1
 
 
 def test_ctrl_c_while_a_warm_image_is_made(fresh: User) -> None:
