@@ -49,6 +49,7 @@ def render_status(status: Mapping[str, Any]) -> str:
     rows += [("variable", f"{name}={value}") for name, value in status.get("environment", {}).items()]
     rows += [("port", f"{name} at 127.0.0.1:{port}") for name, port in (status.get("ports") or {}).items()]
     rows += [("port", _forward(forward)) for forward in status.get("forwards", ())]
+    rows += _names(status.get("dns") or {})
     rows.append(("emulates", ", ".join(status.get("binfmt") or ())))
     if status.get("state") != "running":
         waiting = status.get("requirements", {}).items()
@@ -56,6 +57,17 @@ def render_status(status: Mapping[str, Any]) -> str:
     rows += [("error", str(status.get("error", ""))), ("hint", str(status.get("hint") or ""))]
     rows += [("note", str(note)) for note in status.get("notes", ())]
     return f"{status.get('profile', '?')} is {render_state(status)}\n{pairs(rows)}".rstrip()
+
+
+def _names(dns: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is special about names; the host's own are no news."""
+    rows = [("search", " ".join(dns.get("search", ())))]
+    rows += [("names", f"{domain} by {', '.join(servers)}") for domain, servers in dns.get("domains", {}).items()]
+    rows += [("names", f"{name} is {address}") for name, address in dns.get("hosts", {}).items()
+             if not name.endswith(".docker.internal") and name != "host.qvm.internal"]
+    if dns and not dns.get("host_loopback", True):
+        rows.append(("names", "services on the host's loopback cannot be reached"))
+    return rows
 
 
 def render_list(instances: Sequence[Mapping[str, Any]]) -> str:

@@ -43,6 +43,7 @@ def status(profile: str) -> dict[str, Any]:
         result |= {key: served[key] for key in ("supervisor_pid", "requirements", "forwards", "sockets")}
         result["ports"] = served.get("ports", {})
         result["binfmt"] = served.get("binfmt")
+        result["dns"] = served.get("dns", {})
         result["forward_events"] = served.get("forward_events", [])
         result["environment"] = served.get("environment", {})  # absent from a supervisor of an older qvm
     return result

@@ -48,7 +48,17 @@ class Config:
     hostname: str
     mounts: tuple[Mount, ...] = ()
     dns: tuple[str, ...] = ()
+    dns_hosts: dict[str, str] = field(default_factory=dict)
+    """Name, or *.DOMAIN for all below it -> IP address, or a name that the host resolves."""
+    dns_domains: dict[str, str] = field(default_factory=dict)
+    """Domain -> the name servers asked for it, by commas."""
+    host_loopback: bool = True
+    """Whether the guest reaches services on the host's loopback."""
+    forward_agent: bool = False
+    """Whether the guest has the host's SSH agent."""
     env: dict[str, str] = field(default_factory=dict)
+    ssh_config: bool = False
+    """Whether ~/.ssh/config includes this instance's block."""
     ssh_port: int = 0
     """0: any free port."""
     docker: dict[str, Any] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from typing import Any
 from qvm.arch import ALL, host_arch
 from qvm.config import validate
 from qvm.config.context import Context, Problem
+from qvm.config.dns import Domains, validate_dns_domains, validate_dns_hosts
 from qvm.config.kinds import ArchName, Count, ImageName, Kind, Mounts, Size, Switch, Text, TextList, Variables
 from qvm.config.names import DEFAULT_PROFILE
 from qvm.config.network import (
@@ -189,6 +190,26 @@ SETTINGS: tuple[Setting, ...] = (
         default=lambda context: (), default_text="the host's", validate=validate.validate_dns,
     ),
     Setting(
+        "dnsHosts", "dns_hosts", Variables(), ("--dns-host",), "NAME=ADDR",
+        "name that VM and containers know; *.NAME for all below it; repeatable", "api.test=10.1.2.3",
+        default=lambda context: {}, default_text="none", validate=validate_dns_hosts,
+    ),
+    Setting(
+        "dnsDomains", "dns_domains", Domains(), ("--dns-domain",), "DOMAIN=IP",
+        "name server for a domain and what is below it; repeatable", "corp.example=10.1.2.3",
+        default=lambda context: {}, default_text="as the host has it", validate=validate_dns_domains,
+    ),
+    Setting(
+        "hostLoopback", "host_loopback", Switch(), ("--host-loopback/--no-host-loopback",), "",
+        "let VM and containers reach services on the host's loopback (host.docker.internal)", "",
+        default=lambda context: True, default_text="true",
+    ),
+    Setting(
+        "forwardAgent", "forward_agent", Switch(), ("-s", "--ssh-agent/--no-ssh-agent"), "",
+        "let VM and containers use your SSH agent", "",
+        default=lambda context: False, default_text="false",
+    ),
+    Setting(
         "env", "env", Variables(), ("--env",), "KEY=VALUE", "environment variable in the VM; repeatable", "CI=true",
         default=lambda context: {}, default_text="none", validate=validate.validate_env,
     ),
@@ -230,6 +251,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "sshPort", "ssh_port", Count(), ("--ssh-port",), "PORT", "port of 127.0.0.1 for SSH; 0: any free one", "2222",
         default=lambda context: 0, default_text="0", validate=validate.validate_ssh_port,
+    ),
+    Setting(
+        "sshConfig", "ssh_config", Switch(), ("--ssh-config/--no-ssh-config",), "",
+        "have ~/.ssh/config include the VM, for `ssh qvm-PROFILE`", "",
+        default=lambda context: False, default_text="false",
     ),
     Setting(
         "autoActivate", "activate", Switch(), ("--activate/--no-activate",), "",

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 GATEWAY = "10.0.2.2"
 """Under this address QEMU's user network shows the guest the host's loopback (qemu(1), -netdev user)."""
 NAMESERVER = "10.0.2.3"
+GUEST_ADDRESS = "10.0.2.15"
 HOST_NAMES = ("host.docker.internal", "gateway.docker.internal", "host.qvm.internal")
 _LOOPBACK = ("localhost", "::1")
 
@@ -18,6 +19,14 @@ class Network:
     gateway: str = GATEWAY
     """The host, as the guest and its containers reach it."""
     nameservers: tuple[str, ...] = (NAMESERVER,)
+    search: tuple[str, ...] = ()
+    """Domains in which short names are looked for."""
+    wildcards: Mapping[str, str] = field(default_factory=dict)
+    """Domain -> the address of all names below it."""
+    domains: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Domain -> its own name servers."""
+    host_loopback: bool = True
+    """Whether the gateway leads to services on the host's loopback."""
     proxies: Mapping[str, str] = field(default_factory=dict)
     """Variables of the environment, in both spellings."""
     mirrors: tuple[str, ...] = ()
@@ -28,6 +37,10 @@ class Network:
     """Certificates that the guest trusts, one in PEM form each."""
     registry_files: Mapping[str, bytes] = field(default_factory=dict)
     """Files of /etc/docker/certs.d by the path below it: `HOST:PORT/ca.crt`."""
+
+    def is_split(self) -> bool:
+        """Whether the guest's own questions need a name server that tells domains apart."""
+        return bool(self.wildcards or self.domains)
 
     def registry_authorities(self) -> dict[str, list[str]]:
         """Registry -> paths in the guest of the certificates for it alone."""

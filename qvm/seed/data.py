@@ -43,7 +43,7 @@ class SeedData:
     mac: str = ""
     """Of the one network interface; for foreign images' network configuration."""
     hosts: dict[str, str] = field(
-        default_factory=lambda: {"host.docker.internal": _GATEWAY, "host.qvm.internal": _GATEWAY}
+        default_factory=lambda: {f"{name}.internal": _GATEWAY for name in ("host.docker", "gateway.docker", "host.qvm")}
     )
     """Names the guest knows besides its own."""
     machine_id: str = ""

@@ -34,7 +34,6 @@ from qvm.runtime.stack import Stack, load_stack
 from qvm.supervisor.bus import Bus
 from qvm.supervisor.context import runtime_context
 from qvm.supervisor.disks import undo_fork
-from qvm.supervisor.emulation import Emulation
 from qvm.supervisor.forking import Fork
 from qvm.supervisor.freezing import Machine, take_up
 from qvm.supervisor.launching import Launched, boot, connect_monitor, fork, revive
@@ -42,6 +41,7 @@ from qvm.supervisor.link import GuestLink
 from qvm.supervisor.publishing import Publishing
 from qvm.supervisor.ready import ReadyParts, build_requirements, with_serial
 from qvm.supervisor.reviving import Revival, explain, find_suspended
+from qvm.supervisor.services import Services
 from qvm.supervisor.usernet import QemuUserNetwork
 from qvm.warm.fork import ForkPlan, find_plan
 from qvm.warm.request import RUNTIME
@@ -75,7 +75,7 @@ class Supervisor:
         self._life: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[str] | None = None
         self._growing: asyncio.Task[None] | None = None
-        self.emulation = Emulation(enabled=self.record.config.binfmt)
+        self.services = Services(self.record, self.context.network)
         self.finished = asyncio.Event()
 
     def begin(self) -> None:
@@ -119,8 +119,7 @@ class Supervisor:
         if await self._revive():
             return
         await asyncio.to_thread(discard_remains, self.files.suspended)
-        plan = find_plan(self.files.fork_plan)
-        if plan is not None and await self._fork(plan):
+        if (plan := find_plan(self.files.fork_plan)) is not None and await self._fork(plan):
             return
         try:
             await self._boot()
@@ -164,7 +163,7 @@ class Supervisor:
             return False
         for note in notes:
             self.bus.publish("note", text=note)
-        await self._publish_ready(warm.runtime_version if warm.stage == RUNTIME else None)
+        await self._publish_ready(warm.runtime_version if warm.stage == RUNTIME else None, fresh=True)
         self._growing = asyncio.create_task(parts.grow(), name="grow")
         return True
 
@@ -219,7 +218,7 @@ class Supervisor:
         if self._growing is not None:
             self._growing.cancel()
             await asyncio.gather(self._growing, return_exceptions=True)
-        self.emulation.end()
+        self.services.end()
         for hold in (self.publishing, self.link, self.monitor):
             if hold is not None:
                 await hold.close()
@@ -255,16 +254,15 @@ class Supervisor:
                 said_hello.cancel()
         await self._publish_ready(None)
 
-    async def _publish_ready(self, version: str | None) -> None:
+    async def _publish_ready(self, version: str | None, *, fresh: bool = False) -> None:
         """Open to the host what is open to it, and say so. `version`: the runtime's, where it is known."""
         link = self.require_link()
+        await self.services.settle(link.channel, fresh=fresh)
         self.publishing = Publishing(self.files, self.runtime, self.context, link)
         await self.publishing.open(lambda note: self.bus.publish("note", text=note), switch=self.record.config.activate)
-        if version is None:
-            version = await self.runtime.version(link.channel, self.context)
-        self.note_version(version)
+        self.note_version(version or await self.runtime.version(link.channel, self.context))
         self.phase = "running"
-        self.emulation.begin(link.channel)
+        self.services.begin(link.channel)
         self.bus.publish("ready")
         log.info("ready")
 
@@ -280,7 +278,8 @@ class Supervisor:
         await link.channel.wait_for_seed()
         await self.runtime.provision(link.channel, self.context)
         await self.runtime.start(link.channel, self.context)
-        self.emulation.begin(link.channel)
+        await self.services.settle(link.channel)
+        self.services.begin(link.channel)
         self.bus.publish("note", text="the guest started anew")
 
     async def _unless_qemu_ends(self, work: Awaitable[T]) -> T:
@@ -395,5 +394,5 @@ class Supervisor:
             "forward_events": self.link.forward_events() if self.link else [],
             "sockets": self.link.sockets() if self.link else {},
             "ports": self.publishing.ports() if self.publishing else {},
-            "binfmt": self.emulation.platforms,
+            **self.services.status(),
         }

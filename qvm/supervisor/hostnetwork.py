@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from qvm.config.dns import is_address
 from qvm.config.model import Config
 from qvm.log import get_logger
-from qvm.runtime.network import NAMESERVER, Network, proxy_variables, split_certificates
+from qvm.runtime.network import (
+    GATEWAY,
+    GUEST_ADDRESS,
+    HOST_NAMES,
+    NAMESERVER,
+    Network,
+    proxy_variables,
+    split_certificates,
+)
+from qvm.supervisor.hostresolver import reachable_server
 
 log = get_logger(__name__)
 
 SYSTEM_CERTIFICATES = Path("/etc/docker/certs.d")
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+SUFFIX = "qvm.internal"
 _MOST = 1 << 20
 """Bytes of one certificate file; what is larger is none."""
 
@@ -20,7 +31,12 @@ _MOST = 1 << 20
 def read_network(config: Config, environ: Mapping[str, str], *, system: Path = SYSTEM_CERTIFICATES) -> Network:
     """Reads the files of certificates; those that cannot be read now are left out, and the log says so."""
     return Network(
-        nameservers=config.dns or (NAMESERVER,),
+        nameservers=tuple(map(reachable_server, config.dns)) or (NAMESERVER,),
+        wildcards={name.removeprefix("*."): target for name, target in config.dns_hosts.items()
+                   if name.startswith("*.") and is_address(target)},
+        domains={domain: tuple(map(reachable_server, servers.split(",")))
+                 for domain, servers in config.dns_domains.items()},
+        host_loopback=config.host_loopback,
         proxies=proxy_variables(config.proxies, environ) | {
             name: value for name, value in config.env.items() if name.lower() in _PROXY_VARIABLES
         },
@@ -31,6 +47,17 @@ def read_network(config: Config, environ: Mapping[str, str], *, system: Path = S
         ),
         registry_files=_read_registry_files(system) | _read_registry_files(_docker_folder(environ) / "certs.d"),
     )
+
+
+def profile_name(profile: str) -> str:
+    return f"{profile}.{SUFFIX}"
+
+
+def static_hosts(config: Config) -> dict[str, str]:
+    """Name -> address, of what does not change while the machine runs."""
+    own = {profile_name(config.profile): GUEST_ADDRESS}
+    given = {name: target for name, target in config.dns_hosts.items() if "*" not in name and is_address(target)}
+    return own | given | dict.fromkeys(HOST_NAMES, GATEWAY)
 
 
 def _docker_folder(environ: Mapping[str, str]) -> Path:

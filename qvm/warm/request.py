@@ -23,6 +23,7 @@ from qvm.qemu.devices import MAX_MOUNTS
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.hostinfo import read_cpu_model
 from qvm.runtime.base import Runtime, RuntimeContext
+from qvm.runtime.hostnames import names_digest
 from qvm.runtime.stack import Stack, sections_of
 from qvm.units import GiB, MiB
 
@@ -139,6 +140,7 @@ def warm_key(request: WarmRequest) -> str:
         "stage": request.stage,
         "foreign": _foreign_identity(request) if request.image.is_foreign else None,
         "runtime": request.runtime.warm_identity(request.settings) if request.stage == RUNTIME else None,
+        "names": names_digest() if request.stage == RUNTIME else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -1,0 +1,34 @@
+"""What a supervisor does for a machine beside its runtime: emulators, names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qvm.guest.channel import AgentChannel
+from qvm.instance.record import Record
+from qvm.runtime.network import Network
+from qvm.supervisor.emulation import Emulation
+from qvm.supervisor.names import NameService
+
+
+class Services:
+    """Of one machine: `settle` before it counts as ready, `begin` from then on, `end` when it goes."""
+
+    def __init__(self, record: Record, network: Network) -> None:
+        self.emulation = Emulation(enabled=record.config.binfmt)
+        self.names = NameService(record, network)
+
+    async def settle(self, channel: AgentChannel, *, fresh: bool = False) -> None:
+        """`fresh`: the guest is a new fork. QvmError where what the profile wants cannot be had."""
+        await self.names.settle(channel, fresh=fresh)
+
+    def begin(self, channel: AgentChannel) -> None:
+        self.emulation.begin(channel)
+        self.names.begin(channel)
+
+    def end(self) -> None:
+        self.emulation.end()
+        self.names.end()
+
+    def status(self) -> dict[str, Any]:
+        return {"binfmt": self.emulation.platforms, "dns": self.names.status()}
