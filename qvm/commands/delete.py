@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qvm.commands.results import DeleteResult
+from qvm.commands.ssh_include import settle_ssh_config
 from qvm.commands.start import check_name
 from qvm.commands.stop import stop_locked
 from qvm.commands.update import find_newer_image
@@ -30,6 +31,8 @@ def delete(profile: str, *, data: bool = False, force: bool = False, progress: P
         record = _stop_and_withdraw(profile, force=force, progress=progress)
         removed, kept_paths = remove_instance(profile, data=data)
         flatten_data(profile)
+        for note in settle_ssh_config(wanted=record is not None and record.config.ssh_config):
+            progress.note(note)
         if record is not None:
             progress.note(f"deleted {profile}")
             if find_newer_image(record) is not None:

@@ -70,6 +70,8 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
         choice = choose_accelerator(config.accel, arch, features, kernel=kernel, initrd=initrd,
                                     memory=config.memory)
     notes = [choice.note] if choice.note else []
+    if config.forward_agent and not os.environ.get("SSH_AUTH_SOCK"):
+        notes.append("there is no SSH agent to forward: SSH_AUTH_SOCK is not set here")
     for note in notes:
         progress.note(note)
     record = replace(
@@ -185,7 +187,8 @@ def write_files(record: Record, image: Image, runtime: Runtime, warm: WarmImage 
     ensure_key(files.ssh_key, comment=f"qvm-{record.config.profile}")
     ensure_key(files.ssh_host_key, comment=record.config.hostname)
     _write(files.known_hosts, known_hosts_text(record.config.profile, record.ssh_port, files.ssh_host_key))
-    _write(files.ssh_config, ssh_config_text(files, user=record.user.name, port=record.ssh_port))
+    _write(files.ssh_config, ssh_config_text(files, user=record.user.name, port=record.ssh_port,
+                                             forward_agent=record.config.forward_agent))
     save_record(record)
     if warm is None:
         ensure_disks(record, image)

@@ -273,6 +273,7 @@ def _build_plan(
     from qvm.commands.prepare import guest_user
     from qvm.image.disk import disk_info
     from qvm.qemu.cmdline import build_argv
+    from qvm.supervisor.hostnetwork import static_hosts
     from qvm.warm.fork import build_fork_spec
     from qvm.warm.request import DATA_SIZE
 
@@ -289,6 +290,7 @@ def _build_plan(
         data=str(warm.data_disk) if warm is not None else None, data_size=config.disk, cpus=config.cpus,
         memory=config.memory, plug=config.memory - spec.memory, runtime=runtime.name, user=user.to_dict(),
         hostname=config.hostname, mounts=tuple(mount.to_dict() for mount in config.mounts), dns=config.dns,
+        hosts=static_hosts(config), proxies=config.proxies, ca_certs=config.ca_certs,
         data_folders=tuple(str(folder) for folder in runtime.data_folders),
         cwd=wish.guest_cwd or _guest_cwd(config.mounts, wish.cwd, user),
         grow=warm is not None and config.disk > DATA_SIZE, firmware_vars=_firmware_vars(image, features, warm),

@@ -9,6 +9,7 @@ from typing import Any
 
 from qvm.commands.prepare import prepare
 from qvm.commands.results import StartResult
+from qvm.commands.ssh_include import settle_ssh_config
 from qvm.commands.status import status
 from qvm.commands.stop import stop_locked
 from qvm.commands.suspended import check_suspended
@@ -69,7 +70,7 @@ def start_locked(
         if record is not None:
             switch_runtime(record, resolved.config, progress=progress)
         prepared = prepare(resolved.config, record, cold=cold, progress=progress)
-        for note in save_profile(resolved):
+        for note in (*save_profile(resolved), *settle_ssh_config(wanted=resolved.config.ssh_config)):
             progress.note(note)
         _boot(profile, waiting=supervisor, progress=progress)
     notes = [*resolved.notes, *prepared.notes]

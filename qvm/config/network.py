@@ -12,6 +12,8 @@ from qvm.config.context import Context, Plain, Problem, RejectedError, reject
 from qvm.config.kinds import Kind, TextList
 
 PROXY_KEYS = ("http", "https", "all", "no")
+HOST_AUTHORITIES = "host"
+"""Stands among files of certificates for what the host's administrator has added to its own."""
 _NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
 _WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
 _REGISTRY = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:\d{1,5})?(/\d{1,3})?")
@@ -98,12 +100,13 @@ class Proxies(Kind):
 
 @dataclass(frozen=True, slots=True)
 class Files(TextList):
-    """Paths of files of the host's, kept absolute."""
+    """Paths of files of the host's, kept absolute; or `HOST_AUTHORITIES`."""
 
     def parse(self, raw: object, context: Context) -> tuple[str, ...]:
         texts = TextList.parse(self, raw, context)
         home = str(context.home())
         return tuple(
+            text if text == HOST_AUTHORITIES else
             str(context.cwd / (home + text[1:] if text == "~" or text.startswith("~/") else text)) for text in texts
         )
 
@@ -143,6 +146,8 @@ def validate_proxies(value: Mapping[str, str] | None, context: Context) -> list[
 def validate_ca_certs(value: Sequence[str], context: Context) -> list[Problem]:
     problems = []
     for number, name in enumerate(value):
+        if name == HOST_AUTHORITIES:
+            continue
         path = Path(name)
         try:
             if path.stat().st_size > _MOST_CERTIFICATES:

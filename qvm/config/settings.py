@@ -241,7 +241,9 @@ SETTINGS: tuple[Setting, ...] = (
         default=lambda context: None, default_text="the host's environment", validate=validate_proxies,
     ),
     Setting(
-        "caCerts", "ca_certs", Files(), (), "", "PEM files of certificate authorities that the VM trusts", "",
+        "caCerts", "ca_certs", Files(), ("--ca-cert",), "FILE",
+        "PEM file of certificate authorities that the VM trusts; `host` for those added to this host; repeatable",
+        "~/corp-ca.pem",
         default=lambda context: (), default_text="none", validate=validate_ca_certs,
     ),
     Setting(

@@ -88,7 +88,7 @@ def known_hosts_text(profile: str, port: int, host_key: Path) -> str:
     return f"{host_alias(profile)},[127.0.0.1]:{port} {kind} {key}\n"
 
 
-def ssh_config_text(files: Files, *, user: str, port: int) -> str:
+def ssh_config_text(files: Files, *, user: str, port: int, forward_agent: bool = False) -> str:
     """A block for ~/.ssh/config that reaches the guest with its key pinned.
 
     Connections are shared through a control socket, since a handshake with an emulated guest takes over a second;
@@ -109,6 +109,8 @@ def ssh_config_text(files: Files, *, user: str, port: int) -> str:
         "UpdateHostKeys no",
         "CheckHostIP no",
     ]
+    if forward_agent:
+        lines.append("ForwardAgent yes")
     if len(os.fsencode(files.ssh_mux)) <= MAX_CONTROL_PATH:
         lines += [
             "ControlMaster auto",

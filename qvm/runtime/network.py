@@ -69,7 +69,7 @@ def proxy_variables(
     proxies = {key: rewrite_loopback(value, gateway) for key, value in wanted.items() if key != "no" and value}
     if not proxies:
         return {}
-    ours = ("localhost", "127.0.0.0/8", "::1", gateway, *HOST_NAMES)
+    ours = ("localhost", "127.0.0.0/8", "::1", gateway, *HOST_NAMES, ".qvm.internal")
     said = [word.strip() for word in wanted.get("no", "").split(",") if word.strip()]
     proxies["no"] = ",".join(dict.fromkeys([*said, *ours]))
     return {

@@ -15,7 +15,7 @@ from qvm.instance.spec import Disk, InstanceSpec
 from qvm.runtime.base import Runtime
 from qvm.runtime.network import proxy_variables
 from qvm.seed.data import SeedData
-from qvm.supervisor.hostnetwork import static_hosts
+from qvm.supervisor.hostnetwork import agent_variables, static_hosts
 from qvm.supervisor.hostresolver import reachable_server
 
 
@@ -64,7 +64,7 @@ def build_seed(record: Record, runtime: Runtime) -> SeedData:
         host_key=files.ssh_host_key.read_text(),
         host_key_public=files.ssh_host_key.with_suffix(".pub").read_text().strip(),
         mounts=config.mounts,
-        env={**proxy_variables(config.proxies, os.environ), **config.env},
+        env={**proxy_variables(config.proxies, os.environ), **agent_variables(config), **config.env},
         dns=tuple(map(reachable_server, config.dns)),
         hosts=static_hosts(config),
         data_folders=tuple(str(folder) for folder in runtime.data_folders),

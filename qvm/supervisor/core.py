@@ -36,6 +36,7 @@ from qvm.supervisor.context import runtime_context
 from qvm.supervisor.disks import undo_fork
 from qvm.supervisor.forking import Fork
 from qvm.supervisor.freezing import Machine, take_up
+from qvm.supervisor.hostnetwork import agent_rules
 from qvm.supervisor.launching import Launched, boot, connect_monitor, fork, revive
 from qvm.supervisor.link import GuestLink
 from qvm.supervisor.publishing import Publishing
@@ -233,7 +234,7 @@ class Supervisor:
         assert self.monitor is not None
         self.link = GuestLink(
             self.files, target, publish=self.bus.publish, on_new_session=self._serve_again, rules=config.port_forwards,
-            port_forwarder=config.port_forwarder,
+            own_rules=agent_rules(config, os.environ), port_forwarder=config.port_forwarder,
             user_network=QemuUserNetwork.of(self.monitor, pid=self.run.qemu.pid, ssh_port=self.run.ssh_port),
         )
         self.link.ignore_ports(self.runtime.private_ports)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qvm.config.dns import is_address
 from qvm.config.model import Config
+from qvm.config.network import HOST_AUTHORITIES
+from qvm.config.ports import PortForward, SocketPath
 from qvm.log import get_logger
+from qvm.process import run
 from qvm.runtime.network import (
     GATEWAY,
     GUEST_ADDRESS,
@@ -22,8 +26,17 @@ from qvm.supervisor.hostresolver import reachable_server
 log = get_logger(__name__)
 
 SYSTEM_CERTIFICATES = Path("/etc/docker/certs.d")
+_ADDED = (
+    ("/usr/local/share/ca-certificates", "*.crt"),  # update-ca-certificates(8): Debian, Ubuntu, Alpine
+    ("/etc/pki/ca-trust/source/anchors", "*"),  # update-ca-trust(8): Fedora and its like
+    ("/etc/ca-certificates/trust-source/anchors", "*"),  # Arch
+    ("/etc/pki/trust/anchors", "*"),  # SUSE
+)
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 SUFFIX = "qvm.internal"
+AGENT_SOCKET = "/run/host-services/ssh-auth.sock"
+"""In the guest; where Docker Desktop has it, so that what is written for that works:
+`docker run -v /run/host-services/ssh-auth.sock:/agent -e SSH_AUTH_SOCK=/agent`."""
 _MOST = 1 << 20
 """Bytes of one certificate file; what is larger is none."""
 
@@ -42,9 +55,7 @@ def read_network(config: Config, environ: Mapping[str, str], *, system: Path = S
         },
         mirrors=config.registry_mirrors,
         insecure=config.insecure_registries,
-        authorities=tuple(
-            certificate for name in config.ca_certs for certificate in split_certificates(_read(Path(name)))
-        ),
+        authorities=read_authorities(config.ca_certs),
         registry_files=_read_registry_files(system) | _read_registry_files(_docker_folder(environ) / "certs.d"),
     )
 
@@ -53,11 +64,38 @@ def profile_name(profile: str) -> str:
     return f"{profile}.{SUFFIX}"
 
 
+def read_authorities(names: Sequence[str]) -> tuple[bytes, ...]:
+    """The certificates of these files, each once; `HOST_AUTHORITIES` among them stands for the host's own."""
+    texts = [text for name in names
+             for text in (_read_host_authorities() if name == HOST_AUTHORITIES else [_read(Path(name))])]
+    return tuple(dict.fromkeys(certificate for text in texts for certificate in split_certificates(text)))
+
+
+def _read_host_authorities() -> list[bytes]:
+    """What was added to those that the system came with."""
+    if sys.platform == "darwin":
+        done = run(["security", "find-certificate", "-a", "-p", "/Library/Keychains/System.keychain"], check=False)
+        return [done.stdout]
+    return [_read(path) for folder, pattern in _ADDED for path in sorted(Path(folder).rglob(pattern))]
+
+
 def static_hosts(config: Config) -> dict[str, str]:
     """Name -> address, of what does not change while the machine runs."""
     own = {profile_name(config.profile): GUEST_ADDRESS}
     given = {name: target for name, target in config.dns_hosts.items() if "*" not in name and is_address(target)}
     return own | given | dict.fromkeys(HOST_NAMES, GATEWAY)
+
+
+def agent_variables(config: Config) -> dict[str, str]:
+    return {"SSH_AUTH_SOCK": AGENT_SOCKET} if config.forward_agent else {}
+
+
+def agent_rules(config: Config, environ: Mapping[str, str]) -> tuple[PortForward, ...]:
+    """The forward that brings the host's SSH agent into the guest."""
+    path = environ.get("SSH_AUTH_SOCK", "")
+    if not config.forward_agent or not path:
+        return ()
+    return (PortForward(SocketPath(AGENT_SOCKET), SocketPath(path), reverse=True),)
 
 
 def _docker_folder(environ: Mapping[str, str]) -> Path:

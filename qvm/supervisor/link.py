@@ -66,11 +66,13 @@ class GuestLink:
         publish: Callable[..., None],
         on_new_session: Callable[[], Awaitable[None]],
         rules: Sequence[PortForward] = (),
+        own_rules: Sequence[PortForward] = (),
         port_forwarder: str = "auto",
         user_network: QemuUserNetwork | None = None,
     ) -> None:
         """`on_new_session` runs after the agent has started anew (a guest reboot, a crash) and answers again.
-        `port_forwarder` is the setting of that name."""
+        `own_rules` are those that no setting of forwards changes; `port_forwarder` is the setting of that name."""
+        self._own_rules = tuple(own_rules)
         self._files = files
         self._publish = publish
         self._on_new_session = on_new_session
@@ -85,7 +87,7 @@ class GuestLink:
         self._user_network = user_network
         by_ssh = port_forwarder == "ssh"
         self._forwarder = PortForwarder(
-            self._ssh if by_ssh else self.dialer, rules=rules, automatic=port_forwarder != "none",
+            self._ssh if by_ssh else self.dialer, rules=(*own_rules, *rules), automatic=port_forwarder != "none",
             datagrams=None if by_ssh else self.streams, user_network=user_network,
             by_user_network=BY_USER_NETWORK[port_forwarder], reverse=ReverseForwards(self.streams),
             ignore={22, ssh.port}, on_event=self._on_forward,
@@ -204,7 +206,7 @@ class GuestLink:
             log.warning("the agent was not asked to shut down: %s", error)
 
     def set_rules(self, rules: Sequence[PortForward]) -> None:
-        self._forwarder.set_rules(rules)
+        self._forwarder.set_rules((*self._own_rules, *rules))
 
     def forwards(self) -> list[dict[str, Any]]:
         return [dict(entry) for entry in self._forwarder.status()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ class RunPlan:
     """Where commands run in the guest."""
     grow: bool = False
     """The data disk is larger than the file system on it."""
+    hosts: dict[str, str] = field(default_factory=dict)
+    """Name -> address: what the guest knows."""
+    proxies: dict[str, str] | None = None
+    """As the setting has it."""
+    ca_certs: tuple[str, ...] = ()
+    """Files of certificates that the guest trusts."""
     firmware_vars: str | None = None
     """What UEFI's variables begin as; None: the machine boots a kernel directly."""
 
@@ -57,7 +63,7 @@ class RunPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunPlan:
         """Raises TypeError where `data` is not what `to_dict` makes."""
-        listed = ("argv", "mounts", "dns", "data_folders")
+        listed = ("argv", "mounts", "dns", "data_folders", "ca_certs")
         values: dict[str, Any] = {name: tuple(value) if name in listed else value for name, value in data.items()}
         return cls(**values)
 
@@ -74,6 +80,18 @@ def seed_data(plan: RunPlan, env: Mapping[str, str]) -> SeedData:
     return SeedData(
         instance_id=str(uuid.uuid4()), hostname=plan.hostname, user=str(user["name"]), uid=int(user["uid"]),
         gid=int(user["gid"]), home=str(user["home"]), shell="/bin/bash", authorized_keys=(), host_key="",
-        host_key_public="", mounts=tuple(Mount.from_dict(mount) for mount in plan.mounts), env=dict(env),
+        host_key_public="", mounts=tuple(Mount.from_dict(mount) for mount in plan.mounts),
+        env={**_proxies(plan), **env}, hosts=dict(plan.hosts),
         dns=plan.dns, data_folders=plan.data_folders, machine_id=secrets.token_hex(16),
     )
+
+
+def _proxies(plan: RunPlan) -> dict[str, str]:
+    """The guest's proxy variables; from the environment of this moment, which is no part of a plan."""
+    import os
+
+    if not plan.proxies and not any(name.lower().endswith("_proxy") for name in os.environ):
+        return {}
+    from qvm.runtime.network import proxy_variables
+
+    return proxy_variables(plan.proxies, os.environ)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 from qvm.guest.channel import AgentChannel
 from qvm.instance.record import Record
 from qvm.runtime.network import Network
 from qvm.supervisor.emulation import Emulation
+from qvm.supervisor.hostnetwork import AGENT_SOCKET
 from qvm.supervisor.names import NameService
 
 
@@ -15,11 +17,14 @@ class Services:
     """Of one machine: `settle` before it counts as ready, `begin` from then on, `end` when it goes."""
 
     def __init__(self, record: Record, network: Network) -> None:
+        self._config = record.config
         self.emulation = Emulation(enabled=record.config.binfmt)
         self.names = NameService(record, network)
 
     async def settle(self, channel: AgentChannel, *, fresh: bool = False) -> None:
         """`fresh`: the guest is a new fork. QvmError where what the profile wants cannot be had."""
+        if self._config.forward_agent:
+            await channel.exec(["mkdir", "-p", str(PurePosixPath(AGENT_SOCKET).parent)])
         await self.names.settle(channel, fresh=fresh)
 
     def begin(self, channel: AgentChannel) -> None:

@@ -146,6 +146,7 @@ class Machine:
         self._check_setup(identity)
         self.done("personalise")
         self.timings["mounts"] = identity.timings.get("mounts", 0.0)
+        await self._trust(fresh=True)
         if self.plan.runtime != "none":
             runtime, context = self._runtime()
             await runtime.after_fork(self.channel, context)
@@ -174,12 +175,23 @@ class Machine:
         self._check_setup(seed)
         self.done("personalise")
         self.timings["mounts"] = seed.timings.get("mounts", 0.0)
+        await self._trust(fresh=False)
         if self.plan.runtime != "none":
             from qvm.supervisor.ready import start_runtime
 
             runtime, context = self._runtime()
             await start_runtime(runtime, self.channel, context)
             self.done("runtime")
+
+    async def _trust(self, *, fresh: bool) -> None:
+        if self.plan.ca_certs:
+            from qvm.runtime.network import Network
+            from qvm.runtime.trust import install_certificates
+            from qvm.supervisor.hostnetwork import read_authorities
+
+            network = Network(authorities=read_authorities(self.plan.ca_certs))
+            await install_certificates(self.channel, network, fresh=fresh)
+            self.done("certificates")
 
     async def _settle(self, monitor: Monitor) -> None:
         """What only some machines need before a command runs: more memory, a larger data disk."""
