@@ -49,6 +49,8 @@ def render_status(status: Mapping[str, Any]) -> str:
     rows += [("variable", f"{name}={value}") for name, value in status.get("environment", {}).items()]
     rows += [("port", f"{name} at 127.0.0.1:{port}") for name, port in (status.get("ports") or {}).items()]
     rows += [("port", _forward(forward)) for forward in status.get("forwards", ())]
+    if network := status.get("network"):
+        rows.append(("address", f"{network['address']}, {network['address6']} ({network['interface']})"))
     rows += _names(status.get("dns") or {})
     rows.append(("emulates", ", ".join(status.get("binfmt") or ())))
     if status.get("state") != "running":

@@ -58,7 +58,7 @@ def clone(source: str, target: str, *, progress: Progress) -> CloneResult:
         (Files(target).config).write_text(render_profile(config), encoding="utf-8")
         save_record(replace(
             record, uuid=identifier, mac=mac_address(identifier), config=config, ssh_port=0, created=time.time(),
-            notes=(),
+            notes=(), network_number=0,
         ))  # fmt: skip
     return CloneResult(target, source, running, time.monotonic() - began, float(report.get("paused", 0.0)),
                        report.get("timings", {}), tell_streamed(report, progress) if report else [])  # fmt: skip

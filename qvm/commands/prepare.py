@@ -19,6 +19,7 @@ from qvm.filenames import Files, check_socket_path
 from qvm.guest.keys import ensure_key, known_hosts_text, ssh_config_text
 from qvm.image.ensure import ensure_image
 from qvm.image.store import Image, find_image_by_id, find_proof_files
+from qvm.instance.netaddr import machine_socket, with_number
 from qvm.instance.record import GuestUser, Record
 from qvm.instance.store import save_record
 from qvm.progress import Progress
@@ -46,7 +47,7 @@ class Prepared:
 def check_host(profile: str, runtime: Runtime) -> None:
     """What can be known to fail before anything is made: socket paths, folders that cannot be written."""
     files = Files(profile)
-    for path in (*files.sockets(), *(files.host_socket(entry.name) for entry in runtime.sockets)):
+    for path in (*files.sockets(), machine_socket(250), *(files.host_socket(entry.name) for entry in runtime.sockets)):
         check_socket_path(path)
     for folder in (files.folder.parent, paths.data_dir(), paths.cache_home()):
         paths.ensure_private_dir(folder)
@@ -82,6 +83,9 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
         ssh_port=choose_ssh_port(config.ssh_port, record.ssh_port if record else 0),
         notes=tuple(notes),
     )
+    if config.network_address:
+        paths.ensure_private_dir(Files(config.profile).folder)
+        record = with_number(record)
     context = runtime_context(record)
     check_host_ports(runtime, context)
     runtime.prepare_host(context, progress)

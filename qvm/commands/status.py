@@ -44,6 +44,7 @@ def status(profile: str) -> dict[str, Any]:
         result["ports"] = served.get("ports", {})
         result["binfmt"] = served.get("binfmt")
         result["dns"] = served.get("dns", {})
+        result["network"] = served.get("network", {})
         result["forward_events"] = served.get("forward_events", [])
         result["environment"] = served.get("environment", {})  # absent from a supervisor of an older qvm
     return result

@@ -54,6 +54,8 @@ class Config:
     """Domain -> the name servers asked for it, by commas."""
     host_loopback: bool = True
     """Whether the guest reaches services on the host's loopback."""
+    network_address: bool = False
+    """Whether the machine has an address in the network that instances share."""
     forward_agent: bool = False
     """Whether the guest has the host's SSH agent."""
     env: dict[str, str] = field(default_factory=dict)

@@ -205,6 +205,11 @@ SETTINGS: tuple[Setting, ...] = (
         default=lambda context: True, default_text="true",
     ),
     Setting(
+        "networkAddress", "network_address", Switch(), ("--network-address/--no-network-address",), "",
+        "give the VM an address at which other VMs reach it", "",
+        default=lambda context: False, default_text="false",
+    ),
+    Setting(
         "forwardAgent", "forward_agent", Switch(), ("-s", "--ssh-agent/--no-ssh-agent"), "",
         "let VM and containers use your SSH agent", "",
         default=lambda context: False, default_text="false",

@@ -54,6 +54,8 @@ class Record:
     """Seconds since the epoch."""
     notes: tuple[str, ...] = ()
     """What the last start had to tell."""
+    network_number: int = 0
+    """Its place in the network that instances share (`qvm.instance.netaddr`); 0: none yet."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,6 +69,7 @@ class Record:
             "accel": self.accel,
             "created": self.created,
             "notes": list(self.notes),
+            "network_number": self.network_number,
         }
 
     @classmethod
@@ -81,6 +84,7 @@ class Record:
             accel=data["accel"],
             created=float(data["created"]),
             notes=tuple(data["notes"]),
+            network_number=int(data.get("network_number", 0)),
         )
 
 

@@ -225,13 +225,12 @@ class Supervisor:
                 await hold.close()
 
     def _new_link(self) -> GuestLink:
-        assert self.run is not None
+        assert self.run is not None and self.monitor is not None
         target = SshTarget(
             self.run.ssh_port, self.record.user.name, self.files.ssh_key,
             self.files.ssh_host_key.with_suffix(".pub").read_text().strip(),
         )
         config = self.record.config
-        assert self.monitor is not None
         self.link = GuestLink(
             self.files, target, publish=self.bus.publish, on_new_session=self._serve_again, rules=config.port_forwards,
             own_rules=agent_rules(config, os.environ), port_forwarder=config.port_forwarder,
@@ -258,7 +257,7 @@ class Supervisor:
     async def _publish_ready(self, version: str | None, *, fresh: bool = False) -> None:
         """Open to the host what is open to it, and say so. `version`: the runtime's, where it is known."""
         link = self.require_link()
-        await self.services.settle(link.channel, fresh=fresh)
+        await self.services.settle(self.monitor, link.channel, fresh=fresh)
         self.publishing = Publishing(self.files, self.runtime, self.context, link)
         await self.publishing.open(lambda note: self.bus.publish("note", text=note), switch=self.record.config.activate)
         self.note_version(version or await self.runtime.version(link.channel, self.context))
@@ -279,7 +278,7 @@ class Supervisor:
         await link.channel.wait_for_seed()
         await self.runtime.provision(link.channel, self.context)
         await self.runtime.start(link.channel, self.context)
-        await self.services.settle(link.channel)
+        await self.services.settle(self.monitor, link.channel)
         self.services.begin(link.channel)
         self.bus.publish("note", text="the guest started anew")
 
@@ -363,6 +362,7 @@ class Supervisor:
         await asyncio.to_thread(self.runtime.deactivate, self.context, remove=False)
         await asyncio.to_thread(discard_remains, self.files.suspended)
         clear_run(self.profile)
+        self.services.network.forget()
         if error is not None:
             self.bus.publish("failed", error=error.to_dict())
         else:

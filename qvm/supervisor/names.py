@@ -17,8 +17,9 @@ from qvm.config.dns import is_address
 from qvm.errors import QvmError
 from qvm.filenames import Files
 from qvm.guest.channel import AgentChannel
+from qvm.instance.netaddr import address
 from qvm.instance.record import Record
-from qvm.instance.store import find_run, list_profiles
+from qvm.instance.store import find_record, find_run, list_profiles
 from qvm.log import get_logger
 from qvm.runtime.hostnames import apply_hosts, apply_network
 from qvm.runtime.network import GATEWAY, Network
@@ -61,6 +62,7 @@ class NameService:
         self, record: Record, network: Network, *, resolver: Callable[[], HostResolver] = read_resolver,
     ) -> None:
         self._config = record.config
+        self._address = address(record.network_number) if self._config.network_address else None
         self._network = network
         self._resolver = resolver
         self._neighbours = Neighbours(record.config.profile)
@@ -124,11 +126,17 @@ class NameService:
         )
         others = {profile_name(profile): self._address_of(profile) for profile in self._neighbours.running()}
         hosts = static_hosts(self._config)
+        if self._address is not None:
+            hosts[profile_name(self._config.profile)] = self._address
         return network, others | self._aliases(others | hosts) | hosts
 
     def _address_of(self, profile: str) -> str:
-        """Where another instance is reached: its forwarded ports are on the host's loopback."""
-        return GATEWAY
+        """Where another instance is reached: at its own address where both have one, else by its forwarded ports, which
+        are on the host's loopback."""
+        other = find_record(profile) if self._address is not None else None
+        if other is None or not other.config.network_address or not other.network_number:
+            return GATEWAY
+        return address(other.network_number)
 
     def _aliases(self, hosts: Mapping[str, str]) -> dict[str, str]:
         """Names of the profile's that stand for other names: ours, or what the host makes of them."""

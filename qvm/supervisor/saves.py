@@ -106,7 +106,12 @@ class Saves:
                 self._hurry.clear()
         try:
             await self._supervisor.wait_grown()
-            yield self._supervisor.machine()
+            machine, network = self._supervisor.machine(), self._supervisor.services.network
+            await network.leave()
+            try:
+                yield machine
+            finally:
+                await network.rejoin(machine.channel)
         finally:
             self._one_at_a_time.release()
 
