@@ -4,11 +4,11 @@ import _socket as socket
 import _struct as struct
 import os
 
-from .base import CHUNK
 from .files import read, write_atomic
 from .jsontext import parse_json
+from .sockdiag import TCP_CLOSE, TCP_LISTEN, SocketDiag, parse_dump
 
-PROTOCOLS = {"tcp": (socket.IPPROTO_TCP, 10), "udp": (socket.IPPROTO_UDP, 7)}  # number; TCP_LISTEN or TCP_CLOSE
+PROTOCOLS = {"tcp": TCP_LISTEN, "udp": TCP_CLOSE}
 
 
 class Listeners:
@@ -22,13 +22,12 @@ class Listeners:
 
     RESULTS = "/var/lib/cni/results"
     STALE = "/run/qvm-cni-stale"
-    REQUEST = struct.Struct("=IHHIIBBBBI48x")
 
     def __init__(self, root="/"):
         self.results_folder, self.stale_file = root.rstrip("/") + self.RESULTS, root.rstrip("/") + self.STALE
-        self.netlink = None
+        self.diag = SocketDiag()
         self.without_diag = set()
-        self.last = None
+        self.seen_sockets = self.last = None
         self.published = set()
         self.seen = None
         self.again = 0
@@ -50,56 +49,40 @@ class Listeners:
             return []
 
     def changed(self):
-        """The new lists {"tcp": [[address, port] ...], "udp": ...}, sorted, or None where they are as they were."""
-        found = self.listening() | self.redirected()
+        """The new lists {"tcp": [[address, port] ...], "udp": ...}, sorted, or None where they are as they were.
+
+        Called several times a second for as long as the machine runs.
+        """
+        sockets, redirected = [self.sockets(protocol) for protocol in PROTOCOLS], self.redirected()
+        if (sockets, redirected) == self.seen_sockets:
+            return None
+        self.seen_sockets = sockets, redirected
+        found = set(redirected)
+        for protocol, seen in zip(PROTOCOLS, sockets, strict=True):
+            ports = parse_dump(seen) if isinstance(seen, bytes) else seen
+            found |= {(protocol, address, port) for address, port in ports}
         if found == self.last:
             return None
         self.last = found
         return {protocol: [[address, port] for kind, address, port in sorted(found) if kind == protocol]
                 for protocol in PROTOCOLS}
 
-    def listening(self):
-        found = set()
-        for protocol in PROTOCOLS:
+    def sockets(self, protocol):
+        """A dump of the kernel's, or where it makes none the (address, port) pairs."""
+        if protocol not in self.without_diag:
             try:
-                if protocol in self.without_diag:
-                    raise OSError
-                ports = self.by_netlink(protocol, socket.AF_INET) | self.by_netlink(protocol, socket.AF_INET6)
+                return self.diag.dump(protocol)
             except OSError:
-                self.netlink = None
                 if protocol == "udp":  # a module of its own, which a kernel may lack
                     self.without_diag.add(protocol)
-                ports = self.by_proc(protocol)
-            found |= {(protocol, address, port) for address, port in ports}
-        return found
-
-    def by_netlink(self, protocol, family):
-        if self.netlink is None:
-            self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)
-            self.netlink.settimeout(1)
-        number, state = PROTOCOLS[protocol]
-        self.netlink.send(self.REQUEST.pack(72, 20, 0x301, 1, 0, family, number, 0, 0, 1 << state))
-        found = set()
-        while True:
-            reply, at = self.netlink.recv(CHUNK), 0
-            while at < len(reply):
-                length, kind = struct.unpack_from("=IH", reply, at)
-                if kind == 3:  # NLMSG_DONE
-                    return found
-                if kind == 2:  # NLMSG_ERROR
-                    raise OSError(-struct.unpack_from("=i", reply, at + 16)[0], "sock_diag")
-                port = struct.unpack_from(">H", reply, at + 20)[0]
-                size = 4 if family == socket.AF_INET else 16
-                if port:
-                    found.add((socket.inet_ntop(family, reply[at + 24 : at + 24 + size]), port))
-                at += (length + 3) & ~3
+        return self.by_proc(protocol)
 
     def by_proc(self, protocol):
         found = set()
         for name, family in ((protocol, socket.AF_INET), (protocol + "6", socket.AF_INET6)):
             for line in (read(f"/proc/net/{name}") or b"").decode().splitlines()[1:]:
                 words = line.split()
-                if int(words[3], 16) == PROTOCOLS[protocol][1]:
+                if int(words[3], 16) == PROTOCOLS[protocol]:
                     address, port = words[1].split(":")
                     raw = bytes.fromhex(address)
                     raw = b"".join(struct.pack("=I", word) for word in struct.unpack(f">{len(raw) // 4}I", raw))
