@@ -4,6 +4,7 @@ QVM := .venv/bin/qvm
 PYTEST := .venv/bin/python -m pytest
 CACHE := $(or $(QVM_CACHE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qvm)
 DOCKER_TOOLS := $(CACHE)/test-tools/docker-plugins
+PODMAN := $(CACHE)/test-tools/podman
 QEMU10 := $(CACHE)/test-tools/qemu10
 # An emulated guest keeps one core busy. The tests of a file share a VM, so they stay together.
 PARALLEL := -n 2 --dist loadfile
@@ -30,6 +31,7 @@ test: ## lint, types, unit, process and vm tests (ARGS adds to pytest)
 test-long: ## vm tests that take longer: foreign images, registries, every runtime, Kubernetes
 	@scripts/bootstrap.sh --test
 	@tests/tools/fetch-docker-plugins.sh "$(DOCKER_TOOLS)"
+	@tests/tools/fetch-podman.sh "$(PODMAN)"
 	@tests/tools/make-cloud-disk.sh "$(CACHE)/test-tools/cloud-disk" "$$(uname -m | sed s/arm64/aarch64/)"
 	@$(QVM) image build debian-13
 	$(WITH_TOOLS) $(PYTEST) -m long $(ARGS)

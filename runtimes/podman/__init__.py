@@ -27,6 +27,8 @@ SOCKET = PurePosixPath("/run/podman/podman.sock")
 CONTAINERS_CONF = PurePosixPath("/etc/containers/containers.conf.d/10-qvm.conf")
 REGISTRIES_CONF = PurePosixPath("/etc/containers/registries.conf.d/10-qvm.conf")
 DROP_IN = PurePosixPath("/etc/systemd/system/podman.service.d/10-qvm.conf")
+GENERATOR = PurePosixPath("/etc/systemd/system-generators/podman-system-generator")
+"""Makes services of Quadlet files. Masked in qvm's image, where other runtimes would pay for it at each boot."""
 SERVICES = ("podman.socket", "podman.service")
 # A podman that runs has read its files; one that does not will.
 _RESTART = "[ ! -d /run/systemd/system ] || exec systemctl try-restart podman.service"
@@ -58,6 +60,7 @@ class Podman(Runtime):
             self._configure(guest, context), guest.write_file(DROP_IN, service_drop_in())
         )
         if unit_changed:
+            await guest.exec(["rm", "-f", str(GENERATOR)])
             await reload_units(guest)
         if changed or unit_changed:
             await guest.exec(["sh", "-c", _RESTART])

@@ -184,6 +184,14 @@ def docker_plugins(cache_home: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def podman_client(cache_home: Path) -> Path:
+    """Debian 13's podman client, fetched once into the cache."""
+    folder = cache_home / "test-tools" / "podman"
+    subprocess.run([TOOLS / "fetch-podman.sh", folder], check=True, capture_output=True, timeout=600)
+    return folder / "podman"
+
+
 def use_plugins(user: User, folder: Path) -> None:
     for plugin in folder.glob("docker-*"):
         link = user.home / "docker" / "cli-plugins" / plugin.name
