@@ -138,7 +138,7 @@ def test_a_profile_switches_its_runtime_and_each_keeps_its_data(
 def docker_speaks_to_podman(user: User, busybox_tar: Path, registry: str) -> None:
     assert user.docker("context", "show").stdout.strip() == "qvm-rt"
     user.docker("import", str(busybox_tar), "base")
-    box = ("run", "--rm", "localhost/base", "/bin/busybox")
+    box = ("run", "--rm", "base", "/bin/busybox")
     assert user.docker(*box, "echo", "from podman").stdout == "from podman\n"
     plain = user.docker(*box, "wget", "-qO-", f"http://{registry}/", check=False)
     assert "bad address" not in plain.stderr, "containers know the host by name"
@@ -150,10 +150,10 @@ def podman_on_the_host(user: User, client: Path) -> None:
     def podman(*words: str, **options: Any) -> str:
         return user.run(str(client), *words, **options).stdout
 
-    assert "localhost/base" in podman("images", "--format", "{{.Repository}}")
+    assert "library/base" in podman("images", "--format", "{{.Repository}}")
     project = user.work / "podman"
     project.mkdir()
-    (project / "Containerfile").write_text('FROM localhost/base\nRUN ["/bin/busybox", "touch", "/made"]\n')
+    (project / "Containerfile").write_text('FROM base\nRUN ["/bin/busybox", "touch", "/made"]\n')
     podman("build", "-q", "-t", "made", str(project))
     assert podman("run", "--rm", "--init", "made", "/bin/busybox", "ls", "/made") == "/made\n"
     podman("network", "create", "own")
