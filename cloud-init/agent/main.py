@@ -18,7 +18,7 @@ from .system import System
 
 VERSION = 1
 OUTBOX_LOST = 8 << 20  # bytes; above this nobody is reading: the session is dropped
-TICK = 0.1  # seconds
+TICK = 0.15  # seconds; a port that is listened to shall be known within 0.2
 USAGE = "agent.py [--control PATH|fd:N] [--streams PATH|fd:N] [--seed DEVICE|FILE|none] [--root DIR]"
 
 

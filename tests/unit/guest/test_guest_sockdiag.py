@@ -90,3 +90,33 @@ def test_only_what_is_new_is_told(agent: Any, tmp_path: Path) -> None:
         port = udp.getsockname()[1]
     gone = listeners.changed()
     assert ["127.0.0.1", port] not in gone["udp"]
+
+
+def test_nothing_is_dumped_while_the_numbers_of_sockets_stay(agent: Any, tmp_path: Path) -> None:
+    listeners = agent("agent.listeners").Listeners(str(tmp_path))
+    numbers, dumps = [b"TCP: inuse 1"], []
+    listeners.counts = lambda: list(numbers)
+    listeners.sockets = lambda protocol: dumps.append(protocol) or b""
+    listeners.SPARING = listeners.LONGEST_REST = 1e9
+    listeners.changed()
+    assert dumps == ["tcp", "udp"]
+    listeners.changed()
+    assert len(dumps) == 2
+    numbers[0] = b"TCP: inuse 2"
+    listeners.changed()
+    assert len(dumps) == 4
+    listeners.next_look = 0.0  # a socket that came as another went: the numbers do not tell
+    listeners.changed()
+    assert len(dumps) == 6
+
+
+def test_the_numbers_of_sockets_change_with_each_listener(agent: Any, tmp_path: Path) -> None:
+    listeners = agent("agent.listeners").Listeners(str(tmp_path))
+    for family, kind in ((socket.AF_INET, socket.SOCK_STREAM), (socket.AF_INET6, socket.SOCK_DGRAM)):
+        before = listeners.counts()
+        assert len(before) == 3 and before[0].startswith(b"TCP: inuse ") and before[1].startswith(b"UDP: inuse ")
+        with socket.socket(family, kind) as sock:
+            sock.bind(("::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+            if kind == socket.SOCK_STREAM:
+                sock.listen()
+            assert listeners.counts() != before
