@@ -161,6 +161,35 @@ class VM:
 
         return ports(self.profile).forwards
 
+    def mount(
+        self, source: str | Path, target: str | PurePosixPath | None = None, *, writable: bool = True,
+        save: bool = False,
+    ) -> None:
+        """Mount a folder of the host at `target` (None: the same path) now; `save` keeps it for the next start.
+
+        ConfigError where it cannot be mounted there, GuestError where the VM refuses.
+        """
+        from qvm.commands.mounts import add_mounts
+
+        wish: dict[str, Any] = {"source": str(source), "writable": writable}
+        add_mounts(self.profile, [wish if target is None else {**wish, "target": str(target)}], save=save,
+                   cwd=Path.cwd())
+
+    def unmount(self, path: str | PurePosixPath, *, force: bool = False, save: bool = False) -> None:
+        """Take away what is mounted at `path`, or whose folder on the host that is; UsageError where nothing is.
+
+        InstanceStateError, naming who, where something in the VM uses it, unless `force`.
+        """
+        from qvm.commands.mounts import remove_mounts
+
+        remove_mounts(self.profile, [str(path)], save=save, force=force, cwd=Path.cwd())
+
+    def mounts(self) -> list[dict[str, Any]]:
+        """What is mounted: source, target, writable, type, state (mounted, broken), reason."""
+        from qvm.commands.mounts import mounts
+
+        return mounts(self.profile).mounts
+
     def delete(self, *, data: bool = False) -> None:
         from qvm.commands.delete import delete
 

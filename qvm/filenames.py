@@ -64,6 +64,11 @@ class Files:
         return self.folder / "runtime"
 
     @property
+    def plug_link(self) -> Path:
+        """Leads to the host folder that was last mounted while the machine ran (`qvm.qemu.plug`)."""
+        return self.folder / "plug"
+
+    @property
     def host_ports(self) -> Path:
         """The numbers that the runtime's ports have on the host, to have them again."""
         return self.folder / "host-ports.json"

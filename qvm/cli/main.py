@@ -29,6 +29,7 @@ VERBS = {
     "ssh-config": Verb("qvm.cli.guest", "ssh_config", "Print a block for ~/.ssh/config."),
     "nerdctl": Verb("qvm.cli.guest", "nerdctl", "Run nerdctl in a VM.", ("n",)),
     "ports": Verb("qvm.cli.ports", "ports", "Show, add and remove forwarded ports."),
+    "mounts": Verb("qvm.cli.mounts", "mounts", "Show, add and remove mounted folders."),
     "kubernetes": Verb("qvm.cli.kubernetes", "kubernetes", "Start, stop, reset or delete Kubernetes in a VM.",
                        ("k8s", "kube", "k3s")),
     "update": Verb("qvm.cli.update", "update", "Update the runtime's packages in a VM."),

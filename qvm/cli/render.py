@@ -192,7 +192,9 @@ def _used(status: Mapping[str, Any], what: str) -> str:
 
 def _mount(mount: Mapping[str, Any]) -> str:
     where = "" if mount["source"] == mount["target"] else f" at {mount['target']}"
-    return f"{mount['source']}{where}{'' if mount.get('writable', True) else ' (read-only)'}"
+    words = [mount.get("type", ""), "" if mount.get("writable", True) else "read-only", mount.get("reason", "")]
+    how = ", ".join(word for word in words if word)
+    return f"{mount['source']}{where}{f' ({how})' if how else ''}"
 
 
 def _forward(forward: Mapping[str, Any]) -> str:

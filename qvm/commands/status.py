@@ -41,6 +41,8 @@ def status(profile: str) -> dict[str, Any]:
         }
     if served is not None:
         result |= {key: served[key] for key in ("supervisor_pid", "requirements", "forwards", "sockets")}
+        if "mounts" in served:  # absent from a supervisor of an older qvm
+            result["mounts"] = served["mounts"]
         result["ports"] = served.get("ports", {})
         result["binfmt"] = served.get("binfmt")
         result["dns"] = served.get("dns", {})

@@ -16,6 +16,7 @@ from typing import Any
 from qvm.config.model import Config, Mount
 from qvm.config.ports import parse_rule
 from qvm.errors import HostError, InstanceStateError
+from qvm.instance.mounted import MountedFolder
 from qvm.paths import replace_file
 from qvm.process import Identity
 
@@ -100,6 +101,7 @@ class Run:
     runtime_version: str = ""
     ready: bool = False
     """Every requirement was met once since this QEMU started."""
+    mounts: tuple[MountedFolder, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -110,6 +112,7 @@ class Run:
             "started": self.started,
             "runtime_version": self.runtime_version,
             "ready": self.ready,
+            "mounts": [each.to_dict() for each in self.mounts],
         }
 
     @classmethod
@@ -121,6 +124,7 @@ class Run:
             started=float(data["started"]),
             runtime_version=data["runtime_version"],
             ready=bool(data["ready"]),
+            mounts=tuple(MountedFolder.from_dict(each) for each in data.get("mounts", ())),
         )
 
 

@@ -79,3 +79,5 @@ class InstanceSpec:
     """9p devices at least: those beyond `mounts` export `idle_folder`, so that the guest sees the same devices
     whatever it mounts."""
     idle_folder: Path | None = None
+    plug_link: Path | None = None
+    """A link that leads to the folder which the next 9p device plugged in is to export; None: none can be."""

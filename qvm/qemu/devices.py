@@ -187,18 +187,37 @@ def mounts(spec: InstanceSpec, arch: Arch, features: QemuFeatures) -> list[str]:
     if spec.idle_folder is not None:
         idle = Mount(spec.idle_folder, PurePosixPath("/"), writable=False)
         entries += [idle] * (spec.mount_slots - len(entries))
-    return [word for number, entry in enumerate(entries) for word in _mount(entry, number, arch.bus)]
+    words = [word for number, entry in enumerate(entries) for word in _mount(entry, number, arch.bus)]
+    return [*words, *(_plug_sources(spec.plug_link) if features.has(virtio("9p", arch.bus)) else [])]
+
+
+def _plug_sources(link: Path | None) -> list[str]:
+    """What devices that are plugged in later export (plug.py)."""
+    if link is None:
+        return []
+    return [
+        word for writable in (True, False)
+        for word in _source(plug_source(writable=writable), link, writable=writable)
+    ]
+
+
+def plug_source(*, writable: bool) -> str:
+    return "plug-rw" if writable else "plug-ro"
+
+
+def _source(name: str, path: Path, *, writable: bool) -> list[str]:
+    return option("-fsdev", "local", {
+        "id": name,
+        "path": path,
+        "security_model": "none",
+        "multidevs": "remap",
+        "readonly": None if writable else True,
+    })
 
 
 def _mount(mount: Mount, number: int, bus: Bus) -> list[str]:
     return [
-        *option("-fsdev", "local", {
-            "id": f"fs{number}",
-            "path": mount.source,
-            "security_model": "none",
-            "multidevs": "remap",
-            "readonly": None if mount.writable else True,
-        }),
+        *_source(f"fs{number}", mount.source, writable=mount.writable),
         *option("-device", virtio("9p", bus), {
             "id": f"mount{number}", **place(bus, _SLOT_MOUNTS + number // 8, number % 8),
             "fsdev": f"fs{number}", "mount_tag": f"qvm{number}",

@@ -20,7 +20,9 @@ from qvm.supervisor.addons import addon_handlers
 from qvm.supervisor.control import Handler, Send, serve_control
 from qvm.supervisor.core import Supervisor
 from qvm.supervisor.execute import execute
+from qvm.supervisor.mounts import mount_handlers
 from qvm.supervisor.ports import port_handlers
+from qvm.supervisor.report import describe
 from qvm.supervisor.saves import saving_handlers
 from qvm.supervisor.updating import update_handlers
 
@@ -32,7 +34,7 @@ GOODBYE = 0.02
 
 def handlers(supervisor: Supervisor) -> dict[str, Handler]:
     async def status(request: dict[str, Any], send: Send) -> dict[str, Any]:
-        return {**supervisor.status(), "environment": dict(supervisor.runtime.environment(supervisor.context))}
+        return describe(supervisor)
 
     async def watch(request: dict[str, Any], send: Send) -> dict[str, Any]:
         """Stream events until the instance is ready, has failed or has stopped."""
@@ -54,8 +56,8 @@ def handlers(supervisor: Supervisor) -> dict[str, Handler]:
         return await execute(supervisor.require_link().channel, request, send)
 
     return {"status": status, "watch": watch, "follow": follow, "stop": stop, "exec": run,
-            **port_handlers(supervisor), **saving_handlers(supervisor), **addon_handlers(supervisor),
-            **update_handlers(supervisor)}
+            **port_handlers(supervisor), **mount_handlers(supervisor), **saving_handlers(supervisor),
+            **addon_handlers(supervisor), **update_handlers(supervisor)}
 
 
 async def supervise(profile: str) -> None:

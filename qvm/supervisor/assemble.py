@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 
-from qvm.arch import Arch
+from qvm.arch import Arch, find_arch
 from qvm.filenames import Files
 from qvm.image.layers import data_disk, newest, root_disk
 from qvm.image.store import Image
 from qvm.instance.kernel import kernel_boot
 from qvm.instance.record import Record
 from qvm.instance.spec import Disk, InstanceSpec
+from qvm.qemu.monitor import Monitor
+from qvm.qemu.plug import Plugs
 from qvm.runtime.base import Runtime
 from qvm.runtime.network import proxy_variables
 from qvm.seed.data import SeedData
@@ -37,6 +39,7 @@ def build_spec(record: Record, image: Image, arch: Arch) -> InstanceSpec:
             Disk(files.seed, "seed", format="raw", readonly=True),
         ),
         mounts=config.mounts,
+        plug_link=files.plug_link,
         mac=record.mac,
         ssh_port=record.ssh_port,
         monitor_socket=files.monitor_socket,
@@ -46,6 +49,13 @@ def build_spec(record: Record, image: Image, arch: Arch) -> InstanceSpec:
         boot=boot,
         firmware_vars=None if boot is not None else files.firmware_vars,
     )
+
+
+def plugs_of(monitor: Monitor, record: Record) -> Plugs:
+    """Where more mounts can be plugged into the running machine of `record`."""
+    arch = find_arch(record.config.arch)
+    assert arch is not None, "validated when the record was made"
+    return Plugs(monitor, arch.bus, Files(record.config.profile).plug_link)
 
 
 def build_seed(record: Record, runtime: Runtime) -> SeedData:

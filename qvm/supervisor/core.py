@@ -10,7 +10,6 @@ A supervisor that is killed leaves QEMU running; the next command starts another
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -39,6 +38,7 @@ from qvm.supervisor.freezing import Machine, take_up
 from qvm.supervisor.hostnetwork import agent_rules
 from qvm.supervisor.launching import Launched, boot, connect_monitor, fork, revive
 from qvm.supervisor.link import GuestLink
+from qvm.supervisor.mounts import mount_again
 from qvm.supervisor.publishing import Publishing
 from qvm.supervisor.ready import ReadyParts, build_requirements, with_serial
 from qvm.supervisor.reviving import Revival, explain, find_suspended
@@ -179,7 +179,8 @@ class Supervisor:
             self._began(launched)
             self.bus.publish("requirement", name="restore", state="done",
                              seconds=time.monotonic() - began - launched.seconds)
-            parts = Revival(self.record, state, launched.monitor, self._new_link(), self.runtime, self.context)
+            parts = Revival(self.record, launched.run.mounts, state, launched.monitor, self._new_link(), self.runtime,
+                            self.context)
             self.requirements = dict.fromkeys(("agent", "clock", "mounts", "runtime"), "waiting")
             notes = await self._unless_qemu_ends(parts.come_alive(self._on_requirement))
         except (QvmError, OSError, TimeoutError) as error:
@@ -244,7 +245,8 @@ class Supervisor:
         link = self._new_link()
         said_hello = asyncio.ensure_future(link.open())
         parts = ReadyParts(self.record, link.channel, self.runtime, self.context, self.run.ssh_port,
-                           self.files.serial_log, lambda it: self.bus.publish("note", text=it), self.image.is_foreign)
+                           self.files.serial_log, lambda it: self.bus.publish("note", text=it), self.run.mounts,
+                           self.image.is_foreign)
         wanted = build_requirements(parts, agent=said_hello)
         self.requirements = {requirement.name: "waiting" for requirement in wanted}
         with PanicWatch(self.files.serial_log, self._on_phase if parts.foreign else None, self.monitor.quit):
@@ -276,6 +278,7 @@ class Supervisor:
         """The guest rebooted or its agent crashed: what is not enabled at its boot is started once more."""
         link = self.require_link()
         await link.channel.wait_for_seed()
+        await mount_again(link.channel, self.run.mounts if self.run else ())
         await self.runtime.provision(link.channel, self.context)
         await self.runtime.start(link.channel, self.context)
         await self.services.settle(self.monitor, link.channel)
@@ -383,17 +386,3 @@ class Supervisor:
         if self.link is None or self.requirements.get("agent") != "done":
             raise InstanceStateError(f"the guest of {self.profile!r} does not answer yet")
         return self.link
-
-    def status(self) -> dict[str, Any]:
-        """What only the supervisor knows; the commands add the rest."""
-        return {
-            "phase": self.phase,
-            "supervisor_pid": os.getpid(),
-            "requirements": dict(self.requirements),
-            "runtime_version": self.run.runtime_version if self.run else "",
-            "forwards": self.link.forwards() if self.link else [],
-            "forward_events": self.link.forward_events() if self.link else [],
-            "sockets": self.link.sockets() if self.link else {},
-            "ports": self.publishing.ports() if self.publishing else {},
-            **self.services.status(),
-        }

@@ -29,9 +29,7 @@ def shape_spec(own: InstanceSpec, shape: Shape, *, folder: Path | None = None) -
 def state_spec(own: InstanceSpec, state: SavedState, folder: Path, features: QemuFeatures) -> InstanceSpec:
     """The machine that goes on from `state`; InstanceStateError, with the reason, where none of now can."""
     assert state.shape is not None, "asked before"
-    if len(own.mounts) > state.shape.mounts:
-        raise InstanceStateError(f"it was saved with room for {state.shape.mounts} mounts, and there are "
-                                 f"{len(own.mounts)} now")
+    own = replace(own, mounts=own.mounts[:state.shape.mounts])  # the others are plugged in once it runs
     spec = shape_spec(own, state.shape, folder=None if state.streamed else folder)
     if own.accel != state.accel:
         raise InstanceStateError(f"it was saved under {state.accel}, and the accelerator is {own.accel} now")
@@ -48,8 +46,8 @@ def machine_digest(spec: InstanceSpec, features: QemuFeatures) -> str:
     for what may differ from start to start (names of files, ports, what is mounted)."""
     somewhere = Path("/x")
     neutral = replace(
-        spec, name="", uuid="", mac="", ssh_port=0, mounts=(), idle_folder=somewhere, incoming=False, ram_file=None,
-        mount_slots=max(spec.mount_slots, len(spec.mounts)),
+        spec, name="", uuid="", mac="", ssh_port=0, mounts=(), plug_link=None, idle_folder=somewhere, incoming=False,
+        ram_file=None, mount_slots=max(spec.mount_slots, len(spec.mounts)),
         disks=tuple(Disk(somewhere, disk.id, disk.format, disk.readonly) for disk in spec.disks),
         dimms=tuple(Dimm(dimm.id, dimm.size) for dimm in spec.dimms), monitor_socket=somewhere, agent_socket=somewhere,
         stream_socket=somewhere, serial_log=somewhere, firmware_vars=somewhere if spec.firmware_vars else None,

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qvm.arch import find_arch
-from qvm.config.model import Mount
 from qvm.errors import GuestError, HostError, InstanceStateError, QvmError
 from qvm.filenames import FIRMWARE_VARS, Files
 from qvm.guest.channel import AgentChannel
@@ -27,6 +26,7 @@ from qvm.image import layers
 from qvm.image.layers import LayeredDisk
 from qvm.image.store import Image
 from qvm.instance import states
+from qvm.instance.mounted import MountedFolder
 from qvm.instance.record import Record, Run
 from qvm.instance.states import SavedState, Shape
 from qvm.log import get_logger
@@ -35,12 +35,13 @@ from qvm.qemu.blocks import NewLayer
 from qvm.qemu.features import QemuFeatures
 from qvm.qemu.hostinfo import read_boot_id
 from qvm.qemu.monitor import Monitor
+from qvm.qemu.plug import Plugs
 from qvm.qemu.probe import probe_qemu
 from qvm.qemu.ram import can_read_memory, copy_sparse, save_changed
 from qvm.qemu.ramchanges import SPAN_LIMIT, count_changed, link_open_file, save_changes
 from qvm.qemu.shape import Block, RunningShape, host_address, open_file_of, read_shape, save_stream
 from qvm.qemu.state import save_devices
-from qvm.supervisor.assemble import build_spec
+from qvm.supervisor.assemble import build_spec, plugs_of
 from qvm.supervisor.fitting import machine_digest, shape_spec
 
 log = get_logger(__name__)
@@ -147,7 +148,8 @@ class Freezer:
         self.report.streamed = can_read_memory(machine.run.qemu.pid)
         self._partial = states.begin_state(self.folder)
         try:
-            async with without_mounts(machine.channel, config.mounts):
+            plugs = plugs_of(machine.monitor, machine.record)
+            async with without_mounts(machine.channel, machine.run.mounts, plugs):
                 self._mark("mounts")
                 self._addresses = {block.id: await host_address(machine.monitor, block) for block in shape.blocks}
                 work = [asyncio.create_task(self._save_ahead(shape))]
@@ -270,12 +272,14 @@ def _switch_all(disks: Mapping[str, LayeredDisk], new: Mapping[str, Path]) -> No
 
 
 @asynccontextmanager
-async def without_mounts(channel: AgentChannel, mounts: Sequence[Mount]) -> AsyncIterator[None]:
-    """No host folder is mounted while the block runs; afterwards they are again, where the guest still answers.
+async def without_mounts(
+    channel: AgentChannel, mounts: Sequence[MountedFolder], plugs: Plugs
+) -> AsyncIterator[None]:
+    """No host folder is mounted or plugged in while the block runs; then they are again, where the guest answers.
 
     InstanceStateError, with everything mounted as before, where something in the guest holds one.
     """
-    targets = [mount.target for mount in reversed(order_mounts(mounts))]
+    targets = [each.mount.target for each in reversed(order_mounts(mounts))]
     try:
         if targets:
             refuse_users(await channel.find_mount_users(targets))
@@ -286,20 +290,24 @@ async def without_mounts(channel: AgentChannel, mounts: Sequence[Mount]) -> Asyn
                     refuse_users(await channel.find_mount_users(targets))
                     raise InstanceStateError(f"{target} cannot be unmounted: {error.message}",
                                              hint="try again", details=error.details) from error
+        for each in mounts:
+            if each.device:
+                await plugs.unplug(each)
         yield
     finally:
         if channel.is_open:
-            await _mount_again(channel, mounts)
+            await _mount_again(channel, mounts, plugs)
 
 
-async def _mount_again(channel: AgentChannel, mounts: Sequence[Mount]) -> None:
+async def _mount_again(channel: AgentChannel, mounts: Sequence[MountedFolder], plugs: Plugs) -> None:
     try:
+        await plugs.plug_missing(mounts)
         await ensure_mounts(channel, mounts)
     except QvmError:
         log.exception("the host's folders could not be mounted again")
 
 
-def refuse_users(users: Sequence[MountUser]) -> None:
+def refuse_users(users: Sequence[MountUser], what: str = "a machine cannot be saved") -> None:
     """InstanceStateError that names each process, its program and container, and what it holds."""
     if not users:
         return
@@ -311,6 +319,6 @@ def refuse_users(users: Sequence[MountUser]) -> None:
     first = users[0]
     where = f"container {first.container[:12]}" if first.container else f"process {first.pid} ({first.comm})"
     raise InstanceStateError(
-        f"a machine cannot be saved while something in it uses a host folder: {where} uses {first.target}",
+        f"{what} while something in it uses a host folder: {where} uses {first.target}",
         hint="end it, or have it leave that folder, and try again", details="\n".join(lines),
     )

@@ -12,6 +12,7 @@ from qvm.arch import find_arch
 from qvm.errors import HostError, InstanceStateError
 from qvm.filenames import FIRMWARE_VARS, Files
 from qvm.image.store import Image
+from qvm.instance.mounted import plan_mounts
 from qvm.instance.record import Record, Run
 from qvm.instance.spec import InstanceSpec
 from qvm.instance.states import DEVICES, SavedState, changes_file, consume_state, dimm_file
@@ -131,7 +132,8 @@ async def _start(record: Record, spec: InstanceSpec, features: QemuFeatures) -> 
         if isinstance(outcome, Identity):
             await stop_qemu(outcome, None, force=True)
         raise
-    run = Run(identity, record.ssh_port, record.accel, time.time())
+    run = Run(identity, record.ssh_port, record.accel, time.time(),
+              mounts=plan_mounts(record.config.mounts, len(spec.mounts)))
     save_run(record.config.profile, run)
     return Launched(run, await connect_monitor(files, record.uuid), time.monotonic() - began)
 

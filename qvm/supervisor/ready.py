@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from qvm.errors import GuestError, NotReadyError, QvmError
 from qvm.guest.channel import AgentChannel
 from qvm.guest.mounts import ensure_mounts
 from qvm.guest.requirements import Requirement
+from qvm.instance.mounted import MountedFolder
 from qvm.instance.record import Record
 from qvm.logtail import tail_of
 from qvm.runtime.base import Runtime, RuntimeContext
@@ -47,6 +48,7 @@ class ReadyParts:
     serial_log: Path
     note: Callable[[str], None] = lambda text: None
     """Hears what the user should know."""
+    mounts: Sequence[MountedFolder] = ()
     foreign: bool = False
     """qvm did not make the image: it boots in its own time, and its runtime comes from its distribution."""
 
@@ -64,7 +66,7 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
         await install_certificates(parts.channel, parts.context.network, fresh=False)
 
     async def check_mounts() -> None:
-        await ensure_mounts(parts.channel, parts.record.config.mounts)
+        await ensure_mounts(parts.channel, parts.mounts)
 
     async def check_runtime() -> None:
         await start_runtime(parts.runtime, parts.channel, parts.context)
@@ -87,7 +89,7 @@ def build_requirements(parts: ReadyParts, *, agent: asyncio.Future[None]) -> lis
                     check_seed, after=("agent",)),
     ]
     settled: tuple[str, ...] = ("seed",)
-    if parts.record.config.mounts:
+    if parts.mounts:
         requirements.append(
             Requirement("mounts", MOUNTS_TIMEOUT, "a host folder could not be mounted; `qvm start --mount none` "
                         "starts without", check_mounts, after=settled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qvm.agentbundle import agent_source
@@ -14,6 +14,7 @@ from qvm.guest.channel import AgentChannel
 from qvm.guest.mounts import ensure_mounts
 from qvm.image import layers
 from qvm.instance import states
+from qvm.instance.mounted import MountedFolder
 from qvm.instance.record import Record
 from qvm.instance.states import SavedState
 from qvm.log import get_logger
@@ -21,7 +22,7 @@ from qvm.qemu.hostinfo import read_boot_id
 from qvm.qemu.monitor import Monitor
 from qvm.runtime.base import Runtime, RuntimeContext
 from qvm.seed.render import fork_document
-from qvm.supervisor.assemble import build_seed
+from qvm.supervisor.assemble import build_seed, plugs_of
 from qvm.supervisor.forking import IDENTITY_TIMEOUT, Stopwatch, required, wake
 from qvm.supervisor.link import GuestLink
 from qvm.supervisor.ready import start_runtime
@@ -48,6 +49,7 @@ def find_suspended(profile: str) -> SavedState | None:
 @dataclass(frozen=True, slots=True)
 class Revival:
     record: Record
+    mounts: Sequence[MountedFolder]
     state: SavedState
     monitor: Monitor
     link: GuestLink
@@ -68,9 +70,8 @@ class Revival:
         mark.done("agent")
         await required("clock", self._be_of_now(), "the guest could not be brought up to date")
         mark.done("clock")
-        mounts = self.record.config.mounts
-        if mounts:
-            await required("mounts", ensure_mounts(self.channel, mounts), "a host folder could not be mounted")
+        if self.mounts:
+            await required("mounts", self._mount(), "a host folder could not be mounted")
             mark.done("mounts")
         await self.link.begin_service()
         if not self.state.renewed:
@@ -81,6 +82,10 @@ class Revival:
         if self.runtime.name != "none":
             mark.done("runtime")
         return notes
+
+    async def _mount(self) -> None:
+        await plugs_of(self.monitor, self.record).plug_missing(self.mounts)
+        await ensure_mounts(self.channel, self.mounts)
 
     async def _be_of_now(self) -> None:
         if self.state.renewed:

@@ -5,12 +5,13 @@ from pathlib import Path, PurePosixPath
 
 from qvm.config.model import Mount
 from qvm.guest.mounts import ensure_mounts, order_mounts
+from qvm.instance.mounted import plan_mounts
 
-MOUNTS = (
+MOUNTS = plan_mounts((
     Mount(Path("/a/b c"), PurePosixPath("/a/b c"), writable=False),
     Mount(Path("/a"), PurePosixPath("/a")),
     Mount(Path("/z"), PurePosixPath("/z")),
-)
+), 2)
 
 
 class Recorder:
@@ -22,13 +23,13 @@ class Recorder:
         return str(target) != "/z"
 
 
-def test_outer_folders_come_first_and_tags_follow_the_list() -> None:
-    assert [(mount.tag, str(mount.target)) for mount in order_mounts(MOUNTS)] == [
-        ("qvm1", "/a"), ("qvm2", "/z"), ("qvm0", "/a/b c")]
+def test_outer_folders_come_first_and_what_has_no_slot_is_plugged_in() -> None:
+    assert [(each.tag, str(each.mount.target)) for each in order_mounts(MOUNTS)] == [
+        ("qvm1", "/a"), ("qvmplug0", "/z"), ("qvm0", "/a/b c")]
 
 
 def test_ensure_mounts_tells_what_was_missing() -> None:
     recorder = Recorder()
     missing = asyncio.run(ensure_mounts(recorder, MOUNTS))
     assert missing == [PurePosixPath("/a"), PurePosixPath("/a/b c")]
-    assert recorder.calls == [("qvm1", "/a", False), ("qvm2", "/z", False), ("qvm0", "/a/b c", True)]
+    assert recorder.calls == [("qvm1", "/a", False), ("qvmplug0", "/z", False), ("qvm0", "/a/b c", True)]
