@@ -17,6 +17,8 @@ def mount_users(targets):
     numbers = {f"{os.major(number)}:{os.minor(number)}": number for number in wanted}
     ours, seen, users = os.stat("/proc/self/ns/mnt").st_ino, set(), []
     for pid in sorted(map(int, filter(str.isdigit, os.listdir("/proc")))):
+        if pid == os.getpid():  # what we hold (pins.py) we let go
+            continue
         folder, held = f"/proc/{pid}", {}
         try:
             space = os.stat(f"{folder}/ns/mnt").st_ino

@@ -1,5 +1,6 @@
 """Operations: files, mounts, disks, hardware, clock and ports of the running system."""
 
+import _thread
 import os
 import time
 
@@ -10,12 +11,14 @@ from .hardware import settle_hardware
 from .listeners import Listeners
 from .mounts import MNT_DETACH, mount_9p, mounted_at, sys_umount
 from .mountusers import mount_users
+from .pins import Pins
 
 
 class System:
     def __init__(self, channel, identity, options):
         self.channel, self.identity, self.options = channel, identity, options
         self.listeners = None  # a session asks for them
+        self.pins = Pins()
 
     def report_listeners(self):
         changed = self.listeners.changed() if self.listeners is not None else None
@@ -42,16 +45,31 @@ class System:
 
     def op_mount(self, message):
         user = {**self.identity.user, **(message.get("user") or {})}
-        self.channel.answer_later(message["id"], lambda: {"changed": mount_9p(message, user)})
+
+        def work():
+            changed = mount_9p(message, user)
+            _thread.start_new_thread(self.pins.fill, (message["target"],))
+            return {"changed": changed}
+
+        self.channel.answer_later(message["id"], work)
 
     def op_umount(self, message):
         def work():
             if mounted_at(message["target"]) is None:
                 return {"changed": False}
+            self.pins.release(message["target"])
             sys_umount(message["target"], MNT_DETACH if message.get("lazy") else 0)
             return {"changed": True}
 
         self.channel.answer_later(message["id"], work)
+
+    def op_watch_mounts(self, message):
+        """Answered when all is held, and a watcher that begins then hears of everything."""
+        self.channel.answer_later(message["id"], lambda: {"held": self.pins.hold(message["targets"])})
+
+    def op_changed(self, message):
+        self.channel.answer_later(
+            message["id"], lambda: {"shown": self.pins.changed(message["paths"], message["gone"])})
 
     def op_mount_users(self, message):
         self.channel.answer_later(message["id"], lambda: {"users": mount_users(message["targets"])})

@@ -47,6 +47,8 @@ class Config:
     """Catalogue or recipe name."""
     hostname: str
     mounts: tuple[Mount, ...] = ()
+    mount_inotify: bool = False
+    """Whether changes of mounted host folders are replayed in the guest for its watchers."""
     dns: tuple[str, ...] = ()
     dns_hosts: dict[str, str] = field(default_factory=dict)
     """Name, or *.DOMAIN for all below it -> IP address, or a name that the host resolves."""

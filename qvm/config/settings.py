@@ -173,6 +173,11 @@ SETTINGS: tuple[Setting, ...] = (
         validate=validate.validate_mounts, remark_default=validate.remark_default_mounts,
     ),
     Setting(
+        "mountInotify", "mount_inotify", Switch(), ("--mount-inotify/--no-mount-inotify",), "",
+        "tell programs in the VM that watch mounted folders of the host's changes", "",
+        default=lambda context: False, default_text="false",
+    ),
+    Setting(
         "portForwards", "port_forwards", Forwards(), ("--publish",), "[ADDR:]PORT:[ADDR:]PORT[/udp]",
         "forward rule HOST:GUEST, or ignore:GUEST, or reverse:HOST:GUEST; sockets by their paths; repeatable",
         "8080:80",

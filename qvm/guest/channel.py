@@ -145,6 +145,16 @@ class AgentChannel(AgentWire):
         answer = await self.request("umount", target=str(target), lazy=lazy, timeout=timeout)
         return bool(answer["changed"])
 
+    async def watch_mounts(self, targets: Sequence[str | PurePosixPath], *, timeout: float = 600.0) -> int:
+        """Have what is mounted there watchable in the guest; returns how many files and folders that are."""
+        wanted = [str(target) for target in targets]
+        return int((await self.request("watch_mounts", targets=wanted, timeout=timeout))["held"])
+
+    async def show_changes(self, paths: Sequence[str], gone: Sequence[str] = (), *, timeout: float = 60.0) -> int:
+        """Have watchers in the guest notice changes of the host's; returns of how many paths they could."""
+        answer = await self.request("changed", paths=list(paths), gone=list(gone), timeout=timeout)
+        return int(answer["shown"])
+
     async def personalise(self, document: Mapping[str, Any], *, timeout: float = 60.0) -> SeedState:
         """Apply a seed document now; one with a `fork` section (`qvm.seed.render.fork_document`) makes a restored
         machine an instance of its own, with the host's clock of this moment.

@@ -27,6 +27,8 @@ Host to guest, `{"id": N, "op": ...}`; the guest answers `{"id": N, "ok": true, 
     write_file  path, data, mode, owner [uid, gid], more   -> changed; with `more` messages of the same id follow
     set_clock   time (ns since the epoch)       -> off (ns), changed; nothing is done below 50 ms
     mount       tag, target, writable, cache, user {uid, gid, home} -> changed
+    watch_mounts targets                        -> held: files and folders below; they can be watched from then on
+    changed     paths, gone                     -> shown; watchers see IN_ATTRIB and IN_CLOSE_WRITE
     umount      target, lazy                    -> changed
     apply       document (as in the seed)       -> seed; with a section `fork` (below) stale [names] in it
     freeze      stage (ahead, runtime, base, running) -> timings; after `ahead`, which comes first, and another the

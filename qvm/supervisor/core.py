@@ -36,6 +36,7 @@ from qvm.supervisor.disks import undo_fork
 from qvm.supervisor.forking import Fork
 from qvm.supervisor.freezing import Machine, take_up
 from qvm.supervisor.hostnetwork import agent_rules
+from qvm.supervisor.hostwatch import HostWatch
 from qvm.supervisor.launching import Launched, boot, connect_monitor, fork, revive
 from qvm.supervisor.link import GuestLink
 from qvm.supervisor.mounts import mount_again
@@ -71,6 +72,7 @@ class Supervisor:
         self.monitor: Monitor | None = None
         self.link: GuestLink | None = None
         self.publishing: Publishing | None = None
+        self.watch: HostWatch | None = None
         self.requirements: dict[str, str] = {}
         self.phase = "starting"
         self._life: asyncio.Task[None] | None = None
@@ -221,7 +223,8 @@ class Supervisor:
             self._growing.cancel()
             await asyncio.gather(self._growing, return_exceptions=True)
         self.services.end()
-        for hold in (self.publishing, self.link, self.monitor):
+        watch, self.watch = self.watch, None
+        for hold in (watch, self.publishing, self.link, self.monitor):
             if hold is not None:
                 await hold.close()
 
@@ -265,8 +268,16 @@ class Supervisor:
         self.note_version(version or await self.runtime.version(link.channel, self.context))
         self.phase = "running"
         self.services.begin(link.channel)
+        await self.follow_changes()
         self.bus.publish("ready")
         log.info("ready")
+
+    async def follow_changes(self) -> None:
+        """Have the guest's watchers hear of changes in what is mounted now, where that is wished."""
+        if self.record.config.mount_inotify and self.run is not None and self.link is not None:
+            if self.watch is None:
+                self.watch = HostWatch(self.link.channel, lambda text: self.bus.publish("note", text=text))
+            await self.watch.follow(self.run.mounts)
 
     def note_version(self, version: str) -> None:
         """Every requirement holds, of a runtime of that version."""

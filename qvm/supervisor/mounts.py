@@ -189,6 +189,7 @@ async def _change(supervisor: Supervisor, wanted: tuple[Mount, ...], *, lazy: bo
     assert supervisor.run is not None
     supervisor.run = replace(supervisor.run, mounts=mounts.folders)
     save_run(supervisor.profile, supervisor.run)
+    await supervisor.follow_changes()
     record = supervisor.record
     supervisor.record = replace(record, config=replace(record.config, mounts=wanted))
     # A fork that reboots starts from disk with what the seed says; the file QEMU has open now stays as it is.
