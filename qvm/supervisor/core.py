@@ -237,7 +237,7 @@ class Supervisor:
         config = self.record.config
         self.link = GuestLink(
             self.files, target, publish=self.bus.publish, on_new_session=self._serve_again, rules=config.port_forwards,
-            own_rules=agent_rules(config, os.environ), port_forwarder=config.port_forwarder,
+            own_rules=agent_rules(config), port_forwarder=config.port_forwarder,
             user_network=QemuUserNetwork.of(self.monitor, pid=self.run.qemu.pid, ssh_port=self.run.ssh_port),
         )
         self.link.ignore_ports(self.runtime.private_ports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ def agent_variables(config: Config) -> dict[str, str]:
     return {"SSH_AUTH_SOCK": AGENT_SOCKET} if config.forward_agent else {}
 
 
-def agent_rules(config: Config, environ: Mapping[str, str]) -> tuple[PortForward, ...]:
+def agent_rules(config: Config, environ: Mapping[str, str] = os.environ) -> tuple[PortForward, ...]:
     """The forward that brings the host's SSH agent into the guest."""
     path = environ.get("SSH_AUTH_SOCK", "")
     if not config.forward_agent or not path:
