@@ -78,6 +78,19 @@ def wait_for_tag(tag):
         time.sleep(0.005)
 
 
+def cache_mode(release, shared):
+    """9p's cache= for a kernel. What the host changes must be seen, also in files that are open here, and nobody's
+    writes may be lost.
+
+    Since Linux 6.4 every mode shows NUL bytes where the host has appended, but for `directio`, which sends reads and
+    writes past the cache. Those with a cache for writing (mmap) also open files for appending without O_APPEND, and
+    overwrite what others have appended meanwhile; without one, files cannot be mapped to be written to. Older kernels
+    have neither fault with mmap.
+    """
+    version = tuple(int(part) for part in release.replace("-", ".").split(".")[:2])
+    return "mmap,directio" if shared or version < (6, 4) else "readahead,directio"
+
+
 def mount_9p(mount, user):
     """Mount a host folder; True where it was not. Folders made on the way inside the home are the user's."""
     tag, target = mount["tag"], mount["target"]
@@ -93,10 +106,7 @@ def mount_9p(mount, user):
             if user.get("home") and path.startswith(user["home"] + "/"):
                 os.chown(path, int(user["uid"]), int(user["gid"]))
     flags = MS_NOSUID | MS_NODEV | (0 if mount.get("writable", True) else MS_RDONLY)
-    # What the host changes must be seen, also in files that are open here: since Linux 6.4 every cache mode, mmap
-    # included, shows NUL bytes where the host has appended. `directio` sends reads and writes past the cache and
-    # leaves it to shared mappings, which cache=none would refuse; older kernels do just that and ignore the word.
-    cache = mount.get("cache", "mmap,directio")
+    cache = cache_mode(os.uname().release, shared=mount.get("mmap"))
     options = f"trans=virtio,version=9p2000.L,msize=512000,access=any,cache={cache}"
     try:
         sys_mount(tag, target, "9p", flags, options)

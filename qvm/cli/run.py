@@ -37,7 +37,7 @@ def _duration(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option("-i", "--image", metavar="NAME", help="Image, see `qvm image list`. [debian-13]")
 @click.option("-a", "--arch", metavar="ARCH", help="Architecture. [host]")
 @click.option("-r", "--runtime", metavar="NAME", help="What runs containers in the VM, with its client. [none]")
-@click.option("-V", "--mount", "mounts", metavar="SRC[:DST][:ro]", multiple=True,
+@click.option("-V", "--mount", "mounts", metavar="SRC[:DST][:ro][:mmap]", multiple=True,
               help="Host folder in the VM, writable unless :ro; repeatable; `none` for none. "
                    "[the working directory, at the same path]")
 @click.option("--env", "env", metavar="KEY=VALUE", multiple=True, help="Environment variable; repeatable. [none]")

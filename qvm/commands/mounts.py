@@ -82,7 +82,7 @@ def remove_mounts(
 
 
 def _find(now: Sequence[Mount], name: str, cwd: Path) -> Mount:
-    source, _, target = name.removesuffix(":ro").removesuffix(":rw").removesuffix(":w").partition(":")
+    source, _, target = name.removesuffix(":mmap").removesuffix(":ro").removesuffix(":rw").removesuffix(":w").partition(":")
     path = Path(os.path.normpath(cwd / Path(source).expanduser()))  # as the mount's own source was made
     found = [
         *(mount for mount in now if mount.target == PurePosixPath(name)),

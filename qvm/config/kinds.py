@@ -231,7 +231,7 @@ _WRITABLE = {"w": True, "rw": True, "ro": False}
 
 @dataclass(frozen=True, slots=True)
 class Mounts(Kind):
-    """Host folders: SRC[:DST][:w|:rw|:ro], or a mapping with source, target and writable; `none` for none at all."""
+    """Host folders: SRC[:DST][:w|:rw|:ro][:mmap], or a mapping of source, target, writable, mmap; `none` for none."""
 
     multiple = True
 
@@ -259,31 +259,35 @@ class Mounts(Kind):
         if text == "none":
             raise reject("`none` means no mount at all and cannot stand beside others")
         parts = text.split(":")
-        writable = _WRITABLE[parts.pop()] if len(parts) > 1 and parts[-1] in _WRITABLE else True
+        writable, mmap = True, False
+        while len(parts) > 1 and parts[-1] in (*_WRITABLE, "mmap"):
+            word = parts.pop()
+            writable, mmap = _WRITABLE.get(word, writable), mmap or word == "mmap"
         if len(parts) > 2 or not all(parts):
             raise reject(
                 f"{text!r} is not SRC[:DST][:ro]; "
                 "a path with a colon in it goes into the profile file, as `source:` and `target:`"
             )
-        return _build_mount(parts[0], parts[1] if len(parts) == 2 else None, context, writable=writable)
+        return _build_mount(parts[0], parts[1] if len(parts) == 2 else None, context, writable=writable, mmap=mmap)
 
     def _parse_mapping(self, item: Mapping[Any, object], context: Context) -> Mount:
         problems = [
-            Problem(f"unknown key {key!r}; a mount has source, target and writable", (str(key),))
+            Problem(f"unknown key {key!r}; a mount has source, target, writable and mmap", (str(key),))
             for key in item
-            if key not in ("source", "target", "writable")
+            if key not in ("source", "target", "writable", "mmap")
         ]
         if "source" not in item:
             problems.append(Problem("a mount needs a source"))
-        writable = True
-        try:
-            writable = Switch().parse(item.get("writable", "true"), context)
-        except RejectedError as error:
-            problems += [Problem(problem.text, ("writable",)) for problem in error.problems]
+        switches = {"writable": True, "mmap": False}
+        for name, default in switches.items():
+            try:
+                switches[name] = Switch().parse(item.get(name, str(default).lower()), context)
+            except RejectedError as error:
+                problems += [Problem(problem.text, (name,)) for problem in error.problems]
         if problems:
             raise RejectedError(*problems)
         target = _text(item["target"]) if "target" in item else None
-        return _build_mount(_text(item["source"]), target, context, writable=writable)
+        return _build_mount(_text(item["source"]), target, context, **switches)
 
     def dump(self, value: tuple[Mount, ...]) -> Any:
         return [mount.to_dict() for mount in value] or "none"
@@ -303,26 +307,28 @@ class Mounts(Kind):
                 "source": {"type": "string"},
                 "target": {"type": "string"},
                 "writable": {"type": "boolean", "default": True},
+                "mmap": {"type": "boolean", "default": False},
             },
         }
         return {"anyOf": [{"const": "none"}, {"type": "array", "items": {"anyOf": [{"type": "string"}, mapping]}}]}
 
 
-def _build_mount(source: str, target: str | None, context: Context, *, writable: bool) -> Mount:
+def _build_mount(source: str, target: str | None, context: Context, *, writable: bool, mmap: bool) -> Mount:
     if source == "~" or source.startswith("~/"):
         source = str(context.home()) + source[1:]
     path = context.cwd / source
     if ".." in path.parts:
         path = path.resolve()
     if target is None:
-        return Mount(path, PurePosixPath(path), writable)
+        return Mount(path, PurePosixPath(path), writable, mmap)
     if not target.startswith("/"):
         raise reject(f"the target {target!r} must be an absolute path in the guest (or one of w, rw, ro)")
     # POSIX lets two leading slashes mean something else, so PurePosixPath keeps them; Linux does not.
-    return Mount(path, PurePosixPath("/" + target.lstrip("/")), writable)
+    return Mount(path, PurePosixPath("/" + target.lstrip("/")), writable, mmap)
 
 
 def show_mount(mount: Mount) -> str:
-    """SRC[:DST][:ro], as it can be typed."""
+    """SRC[:DST][:ro][:mmap], as it can be typed."""
     same = Path(mount.target) == mount.source
-    return f"{mount.source}{'' if same else f':{mount.target}'}{'' if mount.writable else ':ro'}"
+    words = ("" if same else f":{mount.target}", "" if mount.writable else ":ro", ":mmap" if mount.mmap else "")
+    return f"{mount.source}{''.join(words)}"

@@ -17,13 +17,18 @@ class Mount:
     source: Path
     target: PurePosixPath
     writable: bool = True
+    mmap: bool = False
+    """Whether programs can map files there to write to them (MAP_SHARED), as SQLite's WAL and LMDB do; 9p has either
+    that or appending by several at once."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"source": str(self.source), "target": str(self.target), "writable": self.writable}
+        mmap = {"mmap": True} if self.mmap else {}
+        return {"source": str(self.source), "target": str(self.target), "writable": self.writable, **mmap}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Mount:
-        return cls(Path(data["source"]), PurePosixPath(data["target"]), bool(data["writable"]))
+        return cls(Path(data["source"]), PurePosixPath(data["target"]), bool(data["writable"]),
+                   bool(data.get("mmap", False)))
 
 
 @dataclass(frozen=True, slots=True)

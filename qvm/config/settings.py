@@ -167,8 +167,9 @@ SETTINGS: tuple[Setting, ...] = (
         validate=validate.validate_image,
     ),
     Setting(
-        "mounts", "mounts", Mounts(), ("-V", "--mount"), "SRC[:DST][:ro]",
-        "host folder in the VM, writable unless :ro; repeatable; `none` for none", "~/src:/src:ro",
+        "mounts", "mounts", Mounts(), ("-V", "--mount"), "SRC[:DST][:ro][:mmap]",
+        "host folder in the VM, writable unless :ro; :mmap for SQLite's WAL; repeatable; `none` for none",
+        "~/src:/src:ro",
         default=validate.default_mounts, default_text="the working directory, at the same path", sticky=True,
         validate=validate.validate_mounts, remark_default=validate.remark_default_mounts,
     ),

@@ -134,10 +134,12 @@ class AgentChannel(AgentWire):
         return float(answer["off"]) / 1e9
 
     async def mount(
-        self, tag: str, target: str | PurePosixPath, *, readonly: bool = False, timeout: float = 60.0
+        self, tag: str, target: str | PurePosixPath, *, readonly: bool = False, mmap: bool = False,
+        timeout: float = 60.0,
     ) -> bool:
-        """Mount the 9p share `tag`, making the folder; True where it was not mounted yet."""
-        answer = await self.request("mount", tag=tag, target=str(target), writable=not readonly, timeout=timeout)
+        """Mount the 9p share `tag`, making the folder; True where it was not mounted yet. `mmap`: `Mount.mmap`."""
+        answer = await self.request("mount", tag=tag, target=str(target), writable=not readonly, mmap=mmap,
+                                    timeout=timeout)
         return bool(answer["changed"])
 
     async def umount(self, target: str | PurePosixPath, *, lazy: bool = False, timeout: float = 30.0) -> bool:

@@ -12,7 +12,9 @@ from qvm.instance.mounted import MountedFolder
 class Mounter(Protocol):
     """What mounting needs of the channel (`AgentChannel`)."""
 
-    async def mount(self, tag: str, target: str | PurePosixPath, *, readonly: bool = False) -> bool: ...
+    async def mount(
+        self, tag: str, target: str | PurePosixPath, *, readonly: bool = False, mmap: bool = False
+    ) -> bool: ...
 
 
 def order_mounts(mounts: Sequence[MountedFolder]) -> list[MountedFolder]:
@@ -28,5 +30,5 @@ async def ensure_mounts(mounter: Mounter, mounts: Sequence[MountedFolder]) -> li
     return [
         each.mount.target
         for each in order_mounts(mounts)
-        if await mounter.mount(each.tag, each.mount.target, readonly=not each.mount.writable)
+        if await mounter.mount(each.tag, each.mount.target, readonly=not each.mount.writable, mmap=each.mount.mmap)
     ]

@@ -26,7 +26,7 @@ Host to guest, `{"id": N, "op": ...}`; the guest answers `{"id": N, "ok": true, 
     hang_up     output ("out", "err")           nobody reads that output of exec `id` any more: a broken pipe
     write_file  path, data, mode, owner [uid, gid], more   -> changed; with `more` messages of the same id follow
     set_clock   time (ns since the epoch)       -> off (ns), changed; nothing is done below 50 ms
-    mount       tag, target, writable, cache, user {uid, gid, home} -> changed
+    mount       tag, target, writable, mmap, user {uid, gid, home} -> changed
     watch_mounts targets                        -> held: files and folders below; they can be watched from then on
     changed     paths, gone                     -> shown; watchers see IN_ATTRIB and IN_CLOSE_WRITE
     umount      target, lazy                    -> changed

@@ -68,7 +68,8 @@ def seed_document(data: SeedData) -> dict[str, Any]:
         "data_folders": list(data.data_folders),
         "data_disk": data.data_disk,
         "mounts": [
-            {"tag": f"qvm{number}", "target": str(mount.target), "writable": mount.writable}
+            {"tag": f"qvm{number}", "target": str(mount.target), "writable": mount.writable,
+             **({"mmap": True} if mount.mmap else {})}
             # Outer folders first, so that none hides one mounted inside it.
             for number, mount in sorted(enumerate(data.mounts), key=lambda item: len(item[1].target.parts))
         ],

@@ -115,3 +115,12 @@ def test_targets_that_are_fine(target: str) -> None:
 def test_shown_as_typed() -> None:
     assert show_mount(Mount(Path("/a"), PurePosixPath("/a"))) == "/a"
     assert show_mount(Mount(Path("/a"), PurePosixPath("/b"), writable=False)) == "/a:/b:ro"
+
+
+def test_mapping_for_writing_is_for_who_asks(context: Context, tmp_path: Path) -> None:
+    plain, asked, both, mapped = parse(
+        context, str(tmp_path), f"{tmp_path}:mmap", f"{tmp_path}:/x:ro:mmap", {"source": str(tmp_path), "mmap": "yes"}
+    )
+    assert [mount.mmap for mount in (plain, asked, both, mapped)] == [False, True, True, True]
+    assert (str(both.target), both.writable, show_mount(both)) == ("/x", False, f"{tmp_path}:/x:ro:mmap")
+    assert "mmap" not in plain.to_dict() and Mount.from_dict(asked.to_dict()) == asked

@@ -108,7 +108,7 @@ def test_every_problem_at_once_with_its_place(resolve: Resolve, home: Path, work
         f"{file}:1:1: unknown key 'memroy'; did you mean memory?",
         f"{file}:3:1: the key 'cpus' stands in line 2 already",
         f"{file}:2:7: cpus: 'many' is not a whole number",
-        f"{file}:7:16: mounts: unknown key 'writeable'; a mount has source, target and writable",
+        f"{file}:7:16: mounts: unknown key 'writeable'; a mount has source, target, writable and mmap",
         "--memory: 10 TiB is more than this host's memory of 8 GiB",
         f"{file}:8:16: dns: 'nonsense' is not an IP address",
         "--hostname: '-x' is not a host name: letters, digits and inner hyphens, at most 63 in each part",

@@ -18,7 +18,9 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, bool]] = []
 
-    async def mount(self, tag: str, target: str | PurePosixPath, *, readonly: bool = False) -> bool:
+    async def mount(
+        self, tag: str, target: str | PurePosixPath, *, readonly: bool = False, mmap: bool = False
+    ) -> bool:
         self.calls.append((tag, str(target), readonly))
         return str(target) != "/z"
 

@@ -119,7 +119,7 @@ class Channel:
         self.calls.append(f"-{target}")
         return True
 
-    async def mount(self, tag: str, target: PurePosixPath, *, readonly: bool = False) -> bool:
+    async def mount(self, tag: str, target: PurePosixPath, *, readonly: bool = False, mmap: bool = False) -> bool:
         self.calls.append(f"+{target}")
         return True
 

@@ -36,7 +36,7 @@ class Guest:
         self.calls.append(f"umount {target}{' lazily' if lazy else ''}")
         return True
 
-    async def mount(self, tag: str, target: PurePosixPath, *, readonly: bool = False) -> bool:
+    async def mount(self, tag: str, target: PurePosixPath, *, readonly: bool = False, mmap: bool = False) -> bool:
         if str(target) == self.refuses:
             raise GuestError(f"{target}: No such device")
         self.calls.append(f"mount {tag} {target}{' ro' if readonly else ''}")
