@@ -82,7 +82,8 @@ def remove_mounts(
 
 
 def _find(now: Sequence[Mount], name: str, cwd: Path) -> Mount:
-    source, _, target = name.removesuffix(":mmap").removesuffix(":ro").removesuffix(":rw").removesuffix(":w").partition(":")
+    bare = name.removesuffix(":mmap").removesuffix(":ro").removesuffix(":rw").removesuffix(":w")
+    source, _, target = bare.partition(":")
     path = Path(os.path.normpath(cwd / Path(source).expanduser()))  # as the mount's own source was made
     found = [
         *(mount for mount in now if mount.target == PurePosixPath(name)),

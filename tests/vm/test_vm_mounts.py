@@ -101,7 +101,7 @@ def test_nothing_outside_is_reached(vm: User) -> None:
     (vm.work / "up").symlink_to("../secret")
     (vm.work / "absolute").symlink_to(vm.home / "secret")
     (vm.work / "folder").symlink_to("..")
-    out = guest(vm, "cat /w/up /w/absolute /w/folder/secret /w/../secret /w/sub/../../secret; ls /w/folder/", check=False)
+    out = guest(vm, "cat /w/up /w/absolute /w/folder/secret /w/../secret /w/sub/../../secret", check=False)
     assert "the host's" not in out.stdout
     assert "qvm" not in guest(vm, "ls -a /w/..").stdout.split()
     # A link that is switched while the guest looks: QEMU follows none of them.
@@ -133,12 +133,14 @@ def test_folders_come_and_go(vm: User) -> None:
         (vm.home / name).mkdir()
         (vm.home / name / "file").write_text(name)
     vm.qvm("mounts", "m", "add", f"{vm.home}/one:/outer/in", f"{vm.home}/two:/outer:ro")
-    assert guest(vm, "cat /outer/file /outer/in/file; touch /outer/x; touch /outer/in/x", check=False).stdout == "twoone"
+    out = guest(vm, "cat /outer/file /outer/in/file; touch /outer/x; touch /outer/in/x", check=False)
+    assert out.stdout == "twoone"
     assert (vm.home / "one" / "x").exists() and not (vm.home / "two" / "x").exists()
     # Read-only is the host's word: root of the guest cannot change it.
-    guest(vm, "sudo -n mount -o remount,rw /outer 2>/dev/null || mount -o remount,rw /outer; touch /outer/x", check=False)
+    guest(vm, "sudo -n mount -o remount,rw /outer || mount -o remount,rw /outer; touch /outer/x", check=False)
     assert not (vm.home / "two" / "x").exists()
-    assert {target: row["type"] for target, row in mounts(vm).items()} == dict.fromkeys(("/w", "/outer", "/outer/in"), "9p")
+    types = {target: row["type"] for target, row in mounts(vm).items()}
+    assert types == {"/w": "9p", "/outer": "9p", "/outer/in": "9p"}
     busy = vm.popen("ssh", "m", "--", "sh", "-c", "cd /outer/in; echo in; exec sleep 60")
     try:
         assert busy.stdout is not None and busy.stdout.readline() == b"in\n"
@@ -192,7 +194,7 @@ def test_a_watcher_hears_of_the_hosts_changes(vm: User, seen: list[tuple[float, 
         "CLOSE_WRITE file": lambda: file.write_text("one"),
         "ATTRIB file": lambda: file.write_text("two"),
         "gone file": lambda: file.rename(sub / "other"),
-        "gone other": (sub / "other").unlink,
+        "gone other": lambda: (sub / "other").unlink(),
         "ATTRIB new": lambda: deep.mkdir(parents=True),
         "CLOSE_WRITE new/deeper/x": lambda: (deep / "x").write_text("x"),
         "gone new/deeper/x": (deep / "x").unlink,
