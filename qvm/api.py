@@ -42,6 +42,14 @@ class VM:
     def __repr__(self) -> str:
         return f"VM({self.profile!r})"
 
+    @property
+    def address(self) -> str | None:
+        """Of the network that VMs share (`network_address=True`), in which others reach it; None without one."""
+        from qvm.commands.status import status
+
+        found = status(self.profile).get("network", {}).get("address")
+        return None if found is None else str(found)
+
     def run(
         self,
         argv: Sequence[str],

@@ -13,6 +13,8 @@ from qvm.config.kinds import Variables
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 _MOST = 253
+_GATEWAY, _NETWORK = "10.0.2.2", "10.0.2.0/24"
+"""QEMU's user network (qemu(1), -netdev user)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +65,18 @@ def validate_dns_domains(value: Mapping[str, str], context: Context) -> list[Pro
         problems += [Problem(f"{server!r} is not an IP address", (domain,))
                      for server in servers.split(",") if not is_address(server)]
     return problems
+
+
+def validate_gateway_address(value: str, context: Context) -> list[Problem]:
+    import ipaddress
+
+    try:
+        found = ipaddress.IPv4Address(value)
+    except ValueError:
+        return [Problem(f"{value!r} is not an IPv4 address")]
+    if value == _GATEWAY:
+        return []
+    if found.is_loopback or found.is_multicast or found.is_unspecified or found in ipaddress.IPv4Network(_NETWORK):
+        return [Problem(f"{value} cannot be the host's address in the VM; take one that nothing else has there, "
+                        "such as 192.168.5.2")]
+    return []

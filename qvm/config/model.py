@@ -61,6 +61,8 @@ class Config:
     """Domain -> the name servers asked for it, by commas."""
     host_loopback: bool = True
     """Whether the guest reaches services on the host's loopback."""
+    gateway_address: str = "10.0.2.2"
+    """IPv4 address at which the guest reaches the host; what QEMU gives it, or another that leads there too."""
     network_address: bool = False
     """Whether the machine has an address in the network that instances share."""
     forward_agent: bool = False

@@ -14,7 +14,7 @@ from typing import Any
 from qvm.arch import ALL, host_arch
 from qvm.config import validate
 from qvm.config.context import Context, Problem
-from qvm.config.dns import Domains, validate_dns_domains, validate_dns_hosts
+from qvm.config.dns import Domains, validate_dns_domains, validate_dns_hosts, validate_gateway_address
 from qvm.config.kinds import ArchName, Count, ImageName, Kind, Mounts, Size, Switch, Text, TextList, Variables
 from qvm.config.names import DEFAULT_PROFILE
 from qvm.config.network import (
@@ -209,6 +209,11 @@ SETTINGS: tuple[Setting, ...] = (
         "hostLoopback", "host_loopback", Switch(), ("--host-loopback/--no-host-loopback",), "",
         "let VM and containers reach services on the host's loopback (host.docker.internal)", "",
         default=lambda context: True, default_text="true",
+    ),
+    Setting(
+        "gatewayAddress", "gateway_address", Text(), ("--gateway-address",), "IP",
+        "address at which VM and containers reach the host", "192.168.5.2",
+        default=lambda context: "10.0.2.2", default_text="10.0.2.2", validate=validate_gateway_address,
     ),
     Setting(
         "networkAddress", "network_address", Switch(), ("--network-address/--no-network-address",), "",

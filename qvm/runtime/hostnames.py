@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from qvm.runtime.base import Guest
 from qvm.runtime.dnsd import MARK, RULES
-from qvm.runtime.network import Network
+from qvm.runtime.network import GATEWAY, Network
 
 PROGRAM = PurePosixPath("/usr/lib/qvm/dnsd.py")
 UNITS = PurePosixPath("/etc/systemd/system")
@@ -118,13 +118,17 @@ def packet_rules(network: Network) -> tuple[str, str]:
         four += [f"-p udp --dport 53 -m mark ! --mark {MARK:#x} -d {server} -j DNAT --to-destination {ADDRESS}:{PORT}"
                  for server in network.nameservers if ":" not in server]
     if not network.host_loopback:
-        prefix = network.gateway.rpartition(".")[0]
+        prefix = GATEWAY.rpartition(".")[0]
+        own = [f"{prefix}.0/24"] if network.gateway == GATEWAY else [f"{prefix}.0/24", network.gateway]
         four += ["-m addrtype --dst-type LOCAL -j RETURN"]
         four += [f"-p {kind} -d {prefix}.3 --dport 53 -j RETURN" for kind in ("udp", "tcp")]
-        four += [f"-p tcp -d {network.gateway} --dport {port} -j RETURN" for port in proxy_ports(network)]
-        four += [f"-p {kind} -d {prefix}.0/24 -j DNAT --to-destination {ADDRESS}:{_CLOSED}" for kind in ("udp", "tcp")]
+        four += [f"-p tcp -d {GATEWAY} --dport {port} -j RETURN" for port in proxy_ports(network)]
+        four += [f"-p {kind} -d {target} -j DNAT --to-destination {ADDRESS}:{_CLOSED}"
+                 for target in own for kind in ("udp", "tcp")]
         six += ["-m addrtype --dst-type LOCAL -j RETURN", "-p udp -d fec0::3 --dport 53 -j RETURN"]
         six += [f"-p {kind} -d fec0::/64 -j DNAT --to-destination [::1]:{_CLOSED}" for kind in ("udp", "tcp")]
+    elif network.gateway != GATEWAY:
+        four.append(f"-d {network.gateway} -j DNAT --to-destination {GATEWAY}")
     return "".join(f"-A QVM {rule}\n" for rule in four), "".join(f"-A QVM {rule}\n" for rule in six)
 
 
@@ -133,7 +137,7 @@ def proxy_ports(network: Network) -> list[int]:
     found = set()
     for address in network.proxies.values():
         parts = urlsplit(address)
-        if parts.hostname == network.gateway:
+        if parts.hostname == GATEWAY:
             found.add(parts.port or 80)
     return sorted(found)
 

@@ -17,7 +17,7 @@ _LOOPBACK = ("localhost", "::1")
 @dataclass(frozen=True, slots=True)
 class Network:
     gateway: str = GATEWAY
-    """The host, as the guest and its containers reach it."""
+    """The host, as the guest and its containers reach it; an address other than GATEWAY is made to lead there."""
     nameservers: tuple[str, ...] = (NAMESERVER,)
     search: tuple[str, ...] = ()
     """Domains in which short names are looked for."""

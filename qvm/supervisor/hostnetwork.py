@@ -14,7 +14,6 @@ from qvm.config.ports import PortForward, SocketPath
 from qvm.log import get_logger
 from qvm.process import run
 from qvm.runtime.network import (
-    GATEWAY,
     GUEST_ADDRESS,
     HOST_NAMES,
     NAMESERVER,
@@ -45,6 +44,7 @@ _MOST = 1 << 20
 def read_network(config: Config, environ: Mapping[str, str], *, system: Path = SYSTEM_CERTIFICATES) -> Network:
     """Reads the files of certificates; those that cannot be read now are left out, and the log says so."""
     return Network(
+        gateway=config.gateway_address,
         nameservers=tuple(map(reachable_server, config.dns)) or (NAMESERVER,),
         wildcards={name.removeprefix("*."): target for name, target in config.dns_hosts.items()
                    if name.startswith("*.") and is_address(target)},
@@ -84,7 +84,7 @@ def static_hosts(config: Config) -> dict[str, str]:
     """Name -> address, of what does not change while the machine runs."""
     own = {profile_name(config.profile): GUEST_ADDRESS}
     given = {name: target for name, target in config.dns_hosts.items() if "*" not in name and is_address(target)}
-    return own | given | dict.fromkeys(HOST_NAMES, GATEWAY)
+    return own | given | dict.fromkeys(HOST_NAMES, config.gateway_address)
 
 
 def agent_variables(config: Config) -> dict[str, str]:

@@ -75,7 +75,7 @@ class NameService:
 
         `fresh`: the guest has just been given its seed and nothing else yet. QvmError.
         """
-        plain = replace(self._network, search=(), wildcards={}, domains={}, host_loopback=True)
+        plain = replace(self._network, search=(), wildcards={}, domains={}, host_loopback=True, gateway=GATEWAY)
         self._applied = (plain, static_hosts(self._config)) if fresh else (None, None)
         wanted = await asyncio.to_thread(self._wanted)
         if wanted[0] != plain or fresh:

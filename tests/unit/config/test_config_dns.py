@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qvm.config.context import Context
-from qvm.config.dns import Domains, validate_dns_domains, validate_dns_hosts
+from qvm.config.dns import Domains, validate_dns_domains, validate_dns_hosts, validate_gateway_address
 
 CONTEXT = Context("dev", Path("/"), {})
 
@@ -33,3 +33,11 @@ def test_every_bad_domain_and_server_is_reported() -> None:
     assert validate_dns_domains({"corp.example": "10.1.1.1,fd00::1"}, CONTEXT) == []
     problems = validate_dns_domains({"a/b": "1.1.1.1,dns.example", "ok": ""}, CONTEXT)
     assert [problem.path for problem in problems] == [("a/b",), ("a/b",), ("ok",)]
+
+
+@pytest.mark.parametrize(("address", "good"), [
+    ("10.0.2.2", True), ("192.168.5.2", True), ("10.0.2.9", False), ("127.0.0.1", False), ("fd00::1", False),
+    ("224.0.0.1", False), ("host", False), ("1.2.3.4;x", False),
+])
+def test_the_hosts_address_is_one_that_is_free_in_the_guest(address: str, good: bool) -> None:
+    assert (not validate_gateway_address(address, CONTEXT)) is good

@@ -115,6 +115,10 @@ def test_rules_of_the_packet_filter_are_only_made_where_something_is_to_be_chang
     assert lines[0].endswith("--dst-type LOCAL -j RETURN")
     assert "-A QVM -p tcp -d 10.0.2.2 --dport 3128 -j RETURN" in lines
     assert "proxy.example" not in closed and lines[-1].startswith("-A QVM -p tcp -d 10.0.2.0/24 -j DNAT")
+    assert packet_rules(Network(gateway="192.168.5.2")) == (
+        "-A QVM -d 192.168.5.2 -j DNAT --to-destination 10.0.2.2\n", "")
+    both = packet_rules(Network(gateway="192.168.5.2", host_loopback=False))[0]
+    assert "-d 192.168.5.2 -j DNAT --to-destination 169.254.53.53:9" in both and "--to-destination 10.0.2.2" not in both
     assert "fec0::/64" in closed_six and closed_six.index("fec0::3") < closed_six.index("fec0::/64")
 
 
