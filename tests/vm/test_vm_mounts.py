@@ -63,7 +63,7 @@ def test_hard_cases(vm: User, words: str, lacks: dict[str, str]) -> None:
     x = folder / "x"
     assert stat.S_IMODE((x / "modes" / "masked").stat().st_mode) == 0o640
     assert (x / "owners" / "owned").stat().st_uid == (1234 if os.geteuid() == 0 else os.getuid())
-    assert os.fsencode(b"\xff\xfe not utf-8 \xc0") in os.listdir(os.fsencode(x / "names" / "names"))
+    assert b"\xff\xfe not utf-8 \xc0" in [os.fsencode(entry.name) for entry in (x / "names" / "names").iterdir()]
     assert len(list((x / "many" / "many").iterdir())) == 500
     assert not list((x / "device_nodes").iterdir())
 
