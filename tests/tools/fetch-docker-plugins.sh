@@ -33,41 +33,18 @@ plugin_works docker-buildx || packages="$packages docker-buildx"
 cli_works || packages="$packages docker-cli"
 [ -n "$packages" ] || exit 0
 
-command -v apt-get >/dev/null || fail "only Debian and Ubuntu are known here; put docker-compose and docker-buildx into $folder"
-keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-[ -e "$keyring" ] || fail "debian-archive-keyring is not installed"
-mirror=${QVM_DEBIAN_MIRROR:-}
-if [ -z "$mirror" ]; then
-	# shellcheck disable=SC2016  # apt expands $(REPO_URI), not the shell
-	mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 -E '/debian/?$') ||
-		mirror=http://deb.debian.org/debian
-fi
-
-apt=$(mktemp -d "$folder/.apt.XXXXXX")
-trap 'rm -rf "$apt"' EXIT
-mkdir -p "$apt/lists/partial" "$apt/archives/partial" "$apt/empty" "$apt/root"
-: >"$apt/status"
-printf 'deb [signed-by=%s] %s trixie main\n' "$keyring" "$mirror" >"$apt/sources.list"
-apt_get() {
-	apt-get -qq -o Dir::Etc::SourceList="$apt/sources.list" -o Dir::Etc::SourceParts="$apt/empty" \
-		-o Dir::Etc::PreferencesParts="$apt/empty" -o Dir::State="$apt" -o Dir::State::status="$apt/status" \
-		-o Dir::State::Lists="$apt/lists" -o Dir::Cache="$apt" -o Dir::Cache::Archives="$apt/archives" \
-		-o Debug::NoLocking=true -o APT::Sandbox::User= -o Acquire::Retries=3 -o Acquire::Languages=none \
-		-o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false "$@"
-}
-apt_get update
-for package in $packages; do
-	(cd "$apt" && apt_get download "$package")
-	dpkg -x "$apt/$package"_*.deb "$apt/root"
-done
+unpacked=$(mktemp -d "$folder/.unpacked.XXXXXX")
+trap 'rm -rf "$unpacked"' EXIT
+# shellcheck disable=SC2086  # words
+"$(dirname "$0")/unpack-debs.sh" "$unpacked" "$(dpkg --print-architecture)" $packages
 
 for package in $packages; do
 	if [ "$package" = docker-cli ]; then
 		mkdir -p "$folder/bin"
-		mv -f "$apt/root/usr/bin/docker" "$folder/bin/docker"
+		mv -f "$unpacked/usr/bin/docker" "$folder/bin/docker"
 		cli_works || fail "the unpacked docker does not run: $("$folder/bin/docker" --version 2>&1)"
 	else
-		mv -f "$apt/root/usr/libexec/docker/cli-plugins/$package" "$folder/$package"
+		mv -f "$unpacked/usr/libexec/docker/cli-plugins/$package" "$folder/$package"
 		plugin_works "$package" || fail "the unpacked $package does not run: $("$folder/$package" version 2>&1)"
 	fi
 done

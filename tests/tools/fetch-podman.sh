@@ -25,35 +25,12 @@ if works; then
 	exit 0
 fi
 
-command -v apt-get >/dev/null || fail "only Debian and Ubuntu are known here; put podman's client at $folder/podman"
-keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-[ -e "$keyring" ] || fail "debian-archive-keyring is not installed"
-mirror=${QVM_DEBIAN_MIRROR:-}
-if [ -z "$mirror" ]; then
-	# shellcheck disable=SC2016  # apt expands $(REPO_URI), not the shell
-	mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -m 1 -E '/debian/?$') ||
-		mirror=http://deb.debian.org/debian
-fi
-
-apt=$(mktemp -d "$folder/.apt.XXXXXX")
-trap 'rm -rf "$apt"' EXIT
-mkdir -p "$apt/lists/partial" "$apt/archives/partial" "$apt/empty" "$apt/root"
-: >"$apt/status"
-printf 'deb [signed-by=%s] %s trixie main\n' "$keyring" "$mirror" >"$apt/sources.list"
-apt_get() {
-	apt-get -qq -o Dir::Etc::SourceList="$apt/sources.list" -o Dir::Etc::SourceParts="$apt/empty" \
-		-o Dir::Etc::PreferencesParts="$apt/empty" -o Dir::State="$apt" -o Dir::State::status="$apt/status" \
-		-o Dir::State::Lists="$apt/lists" -o Dir::Cache="$apt" -o Dir::Cache::Archives="$apt/archives" \
-		-o Debug::NoLocking=true -o APT::Sandbox::User= -o Acquire::Retries=3 -o Acquire::Languages=none \
-		-o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false "$@"
-}
-apt_get update
-for package in podman-remote libc6 libsqlite3-0; do
-	(cd "$apt" && apt_get download "$package")
-	dpkg -x "$apt/$package"_*.deb "$apt/root"
-done
+unpacked=$(mktemp -d "$folder/.unpacked.XXXXXX")
+trap 'rm -rf "$unpacked"' EXIT
+"$(dirname "$0")/unpack-debs.sh" "$unpacked" "$(dpkg --print-architecture)" podman-remote libc6 libsqlite3-0
 rm -rf "$folder/root"
-mv "$apt/root" "$folder/root"
+chmod 755 "$unpacked"
+mv "$unpacked" "$folder/root"
 loader=$(find "$folder/root/usr/lib" -name 'ld-linux*.so*' -type f | head -n 1)
 libraries=$(dirname "$(find "$folder/root/usr/lib" -name 'libsqlite3.so.0' | head -n 1)")
 cat >"$folder/podman.new" <<WRAPPER
