@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qvm.cli.actions import ACTIONS, split_action
 from qvm.cli.invocation import Invocation, common_options, complete_profile
 from qvm.cli.life import working_directory
 from qvm.cli.output import emit
@@ -15,22 +16,19 @@ from qvm.errors import UsageError
 if TYPE_CHECKING:
     from qvm.commands.mounts import MountsResult
 
-_ACTIONS = {"add": "add", "rm": "rm", "remove": "rm", "delete": "rm"}
-
 
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
     """Profiles and actions; folders to add; what is mounted, to remove."""
     from click.shell_completion import CompletionItem
 
     words: tuple[str, ...] = ctx.params.get("words") or ()
-    action = next((word for word in words[:2] if word in _ACTIONS), None)
-    if action is not None and _ACTIONS[action] == "add":
+    action = next((word for word in words[:2] if word in ACTIONS), None)
+    if action is not None and ACTIONS[action] == "add":
         return [CompletionItem(incomplete, type="dir")]
     if action is not None:
-        from qvm.cli.invocation import Invocation
         from qvm.instance.store import find_record
 
-        name = ctx.params.get("profile_option") or (words[0] if words[0] not in _ACTIONS else Invocation().profile)
+        name = ctx.params.get("profile_option") or (words[0] if words[0] not in ACTIONS else Invocation().profile)
         record = find_record(name)
         return [str(mount.target) for mount in (record.config.mounts if record else ())
                 if str(mount.target).startswith(incomplete)]
@@ -55,7 +53,9 @@ def mounts(invocation: Invocation, /, *, words: tuple[str, ...], force: bool, sa
     from qvm.commands.mounts import add_mounts, remove_mounts
     from qvm.commands.mounts import mounts as show
 
-    action, folders = _split(invocation, words)
+    action, folders = split_action(
+        invocation, words, verb="mounts", thing="folder", example="~/src", does="mounts it"
+    )
     if force and action != "rm":
         raise UsageError("--force is for `rm`")
     if action is None:
@@ -66,20 +66,6 @@ def mounts(invocation: Invocation, /, *, words: tuple[str, ...], force: bool, sa
     else:
         emit(invocation, remove_mounts(invocation.profile, folders, save=save_config, force=force,
                                        cwd=working_directory()), render_mounts, essential=False)
-
-
-def _split(invocation: Invocation, words: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """The action and its folders; a word before it is the profile's name."""
-    at = next((number for number, word in enumerate(words[:2]) if word in _ACTIONS), None)
-    names = words[:1] if at is None else words[:at]
-    invocation.name(names[0] if names else None)
-    if at is None:
-        if len(words) > 1:
-            raise UsageError(f"what is {words[1]!r}?", hint=f"`qvm mounts add {words[1]} -p {words[0]}` mounts it")
-        return None, ()
-    if len(words) == at + 1:
-        raise UsageError("a folder is missing", hint=f"qvm mounts {words[at]} ~/src")
-    return _ACTIONS[words[at]], words[at + 1 :]
 
 
 def render_mounts(result: MountsResult) -> str:

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qvm.cli.actions import split_action
 from qvm.cli.invocation import Invocation, common_options, complete_profile
 from qvm.cli.life import working_directory
 from qvm.cli.output import emit
-from qvm.errors import UsageError
 
 if TYPE_CHECKING:
     from qvm.commands.ports import PortsResult
-
-_ACTIONS = {"add": "add", "rm": "rm", "remove": "rm", "delete": "rm"}
 
 
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -45,27 +43,15 @@ def ports(invocation: Invocation, /, *, words: tuple[str, ...], save_config: boo
     from qvm.commands.ports import add_rules, remove_rules
     from qvm.commands.ports import ports as show
 
-    action, rules = _split(invocation, words)
+    action, rules = split_action(
+        invocation, words, verb="ports", thing="rule", example="8080:80", does="adds a rule"
+    )
     if action is None:
         emit(invocation, show(invocation.profile), render_ports)
         return
     do = add_rules if action == "add" else remove_rules
     result = do(invocation.profile, rules, save=save_config, cwd=working_directory())
     emit(invocation, result, render_ports, essential=False)
-
-
-def _split(invocation: Invocation, words: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """The action and its rules; a word before it is the profile's name."""
-    at = next((number for number, word in enumerate(words[:2]) if word in _ACTIONS), None)
-    names = words[:1] if at is None else words[:at]
-    invocation.name(names[0] if names else None)
-    if at is None:
-        if len(words) > 1:
-            raise UsageError(f"what is {words[1]!r}?", hint=f"`qvm ports add {words[1]} -p {words[0]}` adds a rule")
-        return None, ()
-    if len(words) == at + 1:
-        raise UsageError("a rule is missing", hint=f"qvm ports {words[at]} 8080:80")
-    return _ACTIONS[words[at]], words[at + 1 :]
 
 
 def render_ports(result: PortsResult) -> str:
