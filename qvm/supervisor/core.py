@@ -10,6 +10,7 @@ A supervisor that is killed leaves QEMU running; the next command starts another
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
