@@ -77,9 +77,11 @@ class NameService:
         """
         plain = replace(self._network, search=(), wildcards={}, domains={}, host_loopback=True, gateway=GATEWAY)
         self._applied = (plain, static_hosts(self._config)) if fresh else (None, None)
-        wanted = await asyncio.to_thread(self._wanted)
-        if wanted[0] != plain or fresh:
-            await self._apply(channel, *wanted)
+        network, hosts = await asyncio.to_thread(self._wanted)
+        if fresh and self._address is None and not self._has_aliases():
+            hosts = static_hosts(self._config)  # other instances' names can come a moment later
+        if network != plain or fresh:
+            await self._apply(channel, network, hosts)
 
     def begin(self, channel: AgentChannel) -> None:
         self.end()
@@ -137,6 +139,9 @@ class NameService:
         if other is None or not other.config.network_address or not other.network_number:
             return GATEWAY
         return address(other.network_number)
+
+    def _has_aliases(self) -> bool:
+        return not all(map(is_address, self._config.dns_hosts.values()))
 
     def _aliases(self, hosts: Mapping[str, str]) -> dict[str, str]:
         """Names of the profile's that stand for other names: ours, or what the host makes of them."""

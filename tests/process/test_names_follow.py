@@ -144,4 +144,7 @@ async def test_without_an_address_of_its_own_a_machine_reaches_others_by_the_hos
     make("near", number=3)
     save_run("near", Run(identify(os.getpid(), ""), 1, "tcg", 0.0))
     await following.settle(guest, fresh=True)  # type: ignore[arg-type]
-    assert "10.0.2.2 near.qvm.internal" in guest.hosts
+    assert not guest.commands, "no start waits for that"
+    following.begin(guest)  # type: ignore[arg-type]
+    await until(lambda: "10.0.2.2 near.qvm.internal" in guest.hosts)
+    following.end()
