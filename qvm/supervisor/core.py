@@ -10,7 +10,6 @@ A supervisor that is killed leaves QEMU running; the next command starts another
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
