@@ -83,9 +83,6 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
         ssh_port=choose_ssh_port(config.ssh_port, record.ssh_port if record else 0),
         notes=tuple(notes),
     )
-    if config.network_address:
-        paths.ensure_private_dir(Files(config.profile).folder)
-        record = with_number(record)
     context = runtime_context(record)
     check_host_ports(runtime, context)
     runtime.prepare_host(context, progress)
@@ -95,6 +92,9 @@ def prepare(config: Config, record: Record | None, *, cold: bool = False, progre
     warm = None
     if not cold and not Files(config.profile).root_disk.exists():
         warm = obtain_warm(record, image, features, runtime, progress=progress)
+    if config.network_address:
+        paths.ensure_private_dir(Files(config.profile).folder)
+        record = with_number(record)
     write_files(record, image, runtime, warm)
     return Prepared(record, notes)
 

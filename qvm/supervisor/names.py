@@ -19,8 +19,9 @@ from qvm.filenames import Files
 from qvm.guest.channel import AgentChannel
 from qvm.instance.netaddr import address
 from qvm.instance.record import Record
-from qvm.instance.store import find_record, find_run, list_profiles
+from qvm.instance.store import find_record, list_profiles, load_run
 from qvm.log import get_logger
+from qvm.process import Identity, is_alive
 from qvm.runtime.hostnames import apply_hosts, apply_network
 from qvm.runtime.network import GATEWAY, Network
 from qvm.supervisor.hostnetwork import profile_name, static_hosts
@@ -34,11 +35,11 @@ RESOLVE_INTERVAL = 60.0
 
 
 class Neighbours:
-    """The other instances that run, by what their folders say; a folder is read once for each start."""
+    """The other instances that run, by what their folders say; a file is read once for each start."""
 
     def __init__(self, profile: str) -> None:
         self._profile = profile
-        self._seen: dict[str, tuple[int, bool]] = {}
+        self._seen: dict[str, tuple[int, Identity | None]] = {}
 
     def running(self) -> list[str]:
         found = []
@@ -48,9 +49,11 @@ class Neighbours:
             except OSError:
                 self._seen.pop(profile, None)
                 continue
-            if self._seen.get(profile, (0, False))[0] != stamp:
-                self._seen[profile] = stamp, find_run(profile) is not None
-            if profile != self._profile and self._seen[profile][1]:
+            if self._seen.get(profile, (0, None))[0] != stamp:
+                run = load_run(profile)
+                self._seen[profile] = stamp, run.qemu if run is not None else None
+            qemu = self._seen[profile][1]
+            if profile != self._profile and qemu is not None and is_alive(qemu):
                 found.append(profile)
         return found
 
