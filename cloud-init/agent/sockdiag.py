@@ -37,10 +37,12 @@ class SocketDiag:
         self.view = memoryview(self.buffer)
 
     def dump(self, protocol):
-        """What the kernel says of a protocol's listeners, for `parse_dump`. OSError where it does not know how."""
+        """What the kernel says of a protocol's listeners, for `parse_dump`. OSError where it does not know how.
+
+        Without a timeout, which would cost a poll(2) for each call: the answer is there when the question is sent.
+        """
         if self.socket is None:
             self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 4)
-            self.socket.settimeout(1)
         try:
             return b"".join([part for request in REQUESTS[protocol] for part in self._ask(request)])
         except OSError:
