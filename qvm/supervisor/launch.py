@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from qvm.errors import DeadlineError, QvmError, error_from_dict
+from qvm.errors import DeadlineError, HostError, QvmError, error_from_dict
 from qvm.filenames import Files
 from qvm.instance.store import find_run
 from qvm.logtail import tail_of
@@ -100,7 +100,10 @@ def supervisor_identity(profile: str) -> Identity | None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
-        return identify(int(pid), "qvm.supervisor") if pid.isdigit() else None
+        try:
+            return identify(int(pid), "qvm.supervisor") if pid.isdigit() else None
+        except HostError:
+            return None  # it has ended since we asked for its lock
     finally:
         os.close(fd)
     return None
