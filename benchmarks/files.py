@@ -3,8 +3,8 @@
     python benchmarks/files.py [--files 20000] [--size 256] [--profile NAME]
 
 Each row is the same folder of the host in the same VM, unmounted and mounted anew with other options by hand: what
-plain QEMU 9p with a given msize and cache does. `qvm` is what qvm mounts with. Rows are measured in turn, `--rounds` times,
-and the best is shown: others' load only adds. Every stream is checked by its digest on the host.
+plain QEMU 9p with a given msize and cache does. `qvm` is what qvm mounts with. Rows are measured in turn, `--rounds`
+times, and the best is shown: others' load only adds. Every stream is checked by its digest on the host.
 """
 
 from __future__ import annotations
