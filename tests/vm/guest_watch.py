@@ -37,8 +37,9 @@ def main(top):
             print(words, os.path.relpath(path, top), flush=True)
             before = dict(trees)
             look(known[number])
-            for gone in before.get(known[number], set()) - trees.get(known[number], set()):
-                print("gone", os.path.relpath(f"{known[number]}/{gone}", top), flush=True)
+            for folder, files in before.items():
+                for gone in files - trees[folder]:
+                    print("gone", os.path.relpath(f"{folder}/{gone}", top), flush=True)
 
 
 main(sys.argv[1])

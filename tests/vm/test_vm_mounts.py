@@ -132,6 +132,7 @@ def test_folders_come_and_go(vm: User) -> None:
     for name in ("one", "two"):
         (vm.home / name).mkdir()
         (vm.home / name / "file").write_text(name)
+    (vm.home / "two" / "in").mkdir()
     vm.qvm("mounts", "m", "add", f"{vm.home}/one:/outer/in", f"{vm.home}/two:/outer:ro")
     out = guest(vm, "cat /outer/file /outer/in/file; touch /outer/x; touch /outer/in/x", check=False)
     assert out.stdout == "twoone"
