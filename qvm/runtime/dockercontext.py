@@ -239,3 +239,14 @@ def _previous_of(meta: dict[str, Any]) -> str | None:
     metadata = meta.get("Metadata")
     value = metadata.get(PREVIOUS) if isinstance(metadata, dict) else None
     return value if isinstance(value, str) else None
+
+
+def testcontainers_variables(socket: str, *, marker: Path = Path("/.dockerenv")) -> dict[str, str]:
+    """What testcontainers must be told. `socket`: where a container can mount the engine's from, in the guest.
+
+    On a host that is a container itself (`marker` is there) it would look for published ports at that one's gateway.
+    """
+    told = {"TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE": socket}
+    if marker.exists():
+        told |= {"TESTCONTAINERS_HOST_OVERRIDE": "localhost", "TESTCONTAINERS_CONNECTION_MODE": "docker_host"}
+    return told

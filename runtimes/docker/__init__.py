@@ -10,7 +10,7 @@ from typing import Any
 
 from qvm.errors import GuestError
 from qvm.runtime.base import Guest, HostSocket, Needs, Runtime, RuntimeContext
-from qvm.runtime.dockercontext import activate_context, deactivate_context
+from qvm.runtime.dockercontext import activate_context, deactivate_context, testcontainers_variables
 from qvm.runtime.hostnames import serve_host_names
 from qvm.runtime.network import Network
 from qvm.runtime.services import (
@@ -166,8 +166,7 @@ class Docker(Runtime):
     def environment(self, context: RuntimeContext) -> Mapping[str, str]:
         return {
             "DOCKER_HOST": f"unix://{context.host_socket('docker')}",
-            # Where a container can mount it from: in the guest.
-            "TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE": "/var/run/docker.sock",
+            **testcontainers_variables("/var/run/docker.sock"),
         }
 
     def activate(self, context: RuntimeContext, *, switch: bool) -> list[str]:

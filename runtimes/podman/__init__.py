@@ -9,7 +9,7 @@ from typing import Any
 
 from qvm.errors import GuestError
 from qvm.runtime.base import Guest, HostSocket, Needs, Runtime, RuntimeContext
-from qvm.runtime.dockercontext import activate_context, deactivate_context
+from qvm.runtime.dockercontext import activate_context, deactivate_context, testcontainers_variables
 from qvm.runtime.network import Network
 from qvm.runtime.services import (
     INSTALL_TIMEOUT,
@@ -115,8 +115,7 @@ class Podman(Runtime):
         return {
             "CONTAINER_HOST": address,
             "DOCKER_HOST": address,
-            # Where a container can mount it from: in the guest.
-            "TESTCONTAINERS_DOCKER_SOCKET_OVERRIDE": str(SOCKET),
+            **testcontainers_variables(str(SOCKET)),
         }
 
     def activate(self, context: RuntimeContext, *, switch: bool) -> list[str]:
