@@ -93,14 +93,15 @@ def is_below(path, folder):
 
 
 def show(path):
-    """An IN_ATTRIB, and for a file an IN_CLOSE_WRITE, without a change: the mode becomes what it is, and a file is
-    opened for writing. Not its time: 9p has whole seconds (s_time_gran), and the host's would lose the rest. Pages
-    that a mapping has left in memory go."""
+    """An IN_ATTRIB, and for a file an IN_CLOSE_WRITE, without a change: the group becomes what it is, and a file is
+    opened for writing. Not its time: 9p has whole seconds (s_time_gran), and the host's would lose the rest. Not its
+    mode: who makes a file often sets that next, and would find it set back. Pages that a mapping left in memory go."""
     try:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
             return False
-        os.chmod(path, stat.S_IMODE(found.st_mode))
+        if not found.st_mode & (stat.S_ISUID | stat.S_ISGID) or stat.S_ISDIR(found.st_mode):  # chown clears these bits
+            os.chown(path, -1, found.st_gid, follow_symlinks=False)
         if stat.S_ISREG(found.st_mode):
             fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             try:

@@ -1,7 +1,7 @@
 """Which changes of host folders a guest is told of, and when. Pure: times and states are given.
 
 A file that is being written is told of when it has been quiet for a moment, or after a longest wait. What is told makes
-the guest set the file's mode to what it is, which the host's watcher reports in turn: a change that leaves a file as
+the guest set the file's group to what it is, which the host's watcher reports in turn: a change that leaves a file as
 it was when it was last told of is none.
 """
 

@@ -1,6 +1,6 @@
 """mountInotify: what changes in mounted host folders is replayed in the guest, so that watchers there notice.
 
-The host's side is `watchdog` (inotify, FSEvents). The guest's agent sets a changed file's mode to what it is and opens
+The host's side is `watchdog` (inotify, FSEvents). The guest's agent sets a changed file's group to what it is and opens
 it for writing, which whoever watches it or its folder hears of. Nothing is made or removed for the sake of an event:
 that a file has gone or is new shows as a change of its folder.
 """
