@@ -18,6 +18,7 @@ class Pins:
         self.lock = _thread.allocate_lock()
         self.targets = ()
         self.held = {}
+        self.turns = {}  # by mount, of who fills it: whoever comes later, or an unmount, ends the ones before
 
     def hold(self, targets):
         """Hold what is below these mounts, and nothing else; how many entries that are. Takes a while."""
@@ -36,8 +37,15 @@ class Pins:
         """One mount, where it is to be held; folders first, which matter more where there are too many."""
         if target not in self.targets:
             return
+        turn = self.turns[target] = object()
         folders, files = [], []
-        for path, names, others in os.walk(target):
+        walk = os.walk(target)
+        while True:
+            with self.lock:  # so that no folder is open while it is being unmounted
+                found = next(walk, None) if self.turns.get(target) is turn else None
+            if found is None:
+                break
+            path, names, others = found
             folders.append(path)
             if os.path.basename(path) in LEFT_OUT:
                 names[:] = []
@@ -45,11 +53,15 @@ class Pins:
                 files += [os.path.join(path, name) for name in others]
         for path in folders + files:
             with self.lock:
+                if self.turns.get(target) is not turn:
+                    return
                 self.pin(path)
 
     def release(self, target):
         """Before it is unmounted."""
         with self.lock:
+            for each in [each for each in self.turns if is_below(each, target) or is_below(target, each)]:
+                del self.turns[each]
             self.drop(lambda path: is_below(path, target))
 
     def drop(self, wanted):
@@ -67,8 +79,9 @@ class Pins:
     def changed(self, paths, gone):
         """The host has changed `paths`, and `gone` are no more; how many watchers could be told of."""
         with self.lock:
-            for path in gone:
-                self.drop(lambda held, path=path: is_below(held, path))
+            if gone:
+                wanted = set(gone)
+                self.drop(lambda held: is_in(held, wanted))
             for path in paths:  # all of them before anybody hears of one, and looks
                 self.refresh(path)
         return sum(map(show, paths))
@@ -92,17 +105,25 @@ def is_below(path, folder):
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
+def is_in(path, folders):
+    """Whether it is one of them or below one."""
+    while path and path not in folders:
+        path = path.rpartition("/")[0]
+    return bool(path)
+
+
 def show(path):
     """An IN_ATTRIB, and for a file an IN_CLOSE_WRITE, without a change: the group becomes what it is, and a file is
-    opened for writing. Not its time: 9p has whole seconds (s_time_gran), and the host's would lose the rest. Not its
-    mode: who makes a file often sets that next, and would find it set back. Pages that a mapping left in memory go."""
+    opened for writing; a program is not, since nobody can start it meanwhile. Not its time: 9p has whole seconds
+    (s_time_gran), and the host's would lose the rest. Not its mode: who makes a file often sets that next, and would
+    find it set back. Pages that a mapping left in memory go."""
     try:
         found = os.lstat(path)
         if stat.S_ISLNK(found.st_mode):
             return False
         if not found.st_mode & (stat.S_ISUID | stat.S_ISGID) or stat.S_ISDIR(found.st_mode):  # chown clears these bits
             os.chown(path, -1, found.st_gid, follow_symlinks=False)
-        if stat.S_ISREG(found.st_mode):
+        if stat.S_ISREG(found.st_mode) and not found.st_mode & 0o111:
             fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

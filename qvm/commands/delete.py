@@ -9,6 +9,7 @@ from qvm.commands.stop import stop_locked
 from qvm.commands.update import find_newer_image
 from qvm.errors import InstanceStateError, NoSuchInstanceError
 from qvm.filenames import Files
+from qvm.instance.netaddr import machine_socket
 from qvm.instance.record import Record
 from qvm.instance.store import find_record, list_profiles, lock_instance, remove_instance
 from qvm.progress import Progress
@@ -34,6 +35,8 @@ def delete(profile: str, *, data: bool = False, force: bool = False, progress: P
         for note in settle_ssh_config(wanted=record is not None and record.config.ssh_config):
             progress.note(note)
         if record is not None:
+            if record.network_number:
+                machine_socket(record.network_number).unlink(missing_ok=True)
             progress.note(f"deleted {profile}")
             if find_newer_image(record) is not None:
                 progress.note(f"the next `qvm start {profile}` begins with a newer build of {record.config.image}")

@@ -84,7 +84,10 @@ def remove_mounts(
 def _find(now: Sequence[Mount], name: str, cwd: Path) -> Mount:
     bare = name.removesuffix(":mmap").removesuffix(":ro").removesuffix(":rw").removesuffix(":w")
     source, _, target = bare.partition(":")
-    path = Path(os.path.normpath(cwd / Path(source).expanduser()))  # as the mount's own source was made
+    try:
+        path = Path(os.path.normpath(cwd / Path(source).expanduser()))  # as the mount's own source was made
+    except RuntimeError as error:  # ~nobody
+        raise UsageError(f"{name}: {error}") from error
     found = [
         *(mount for mount in now if mount.target == PurePosixPath(name)),
         *(mount for mount in now if mount.source == path and (not target or mount.target == PurePosixPath(target))),

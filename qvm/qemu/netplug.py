@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from qvm.arch import Bus
+from qvm.errors import QemuError
+from qvm.log import get_logger
 from qvm.qemu.bus import virtio
 from qvm.qemu.devices import SPARE_PORTS
 from qvm.qemu.monitor import Monitor
+
+log = get_logger(__name__)
 
 CARD, NETDEV = "nic1", "net1"
 UNPLUG_TIMEOUT = 20.0
@@ -27,6 +31,7 @@ async def plug_network(monitor: Monitor, bus: Bus, *, mac: str, here: Path, ther
     """Have the guest see a card that QEMU reads at `here` and writes to `there`. QemuError where QEMU is too old."""
     ends: dict[str, Any] = {"local": {"type": "unix", "path": str(here)},
                             "remote": {"type": "unix", "path": str(there)}}
+    await _drop_backend(monitor)
     await monitor.execute("netdev_add", {"type": "dgram", "id": NETDEV, **ends})
     port = {"bus": f"port{SPARE_PORTS - 1}"} if bus == "pcie" else {}
     rom = {} if bus == "ccw" else {"romfile": ""}
@@ -35,6 +40,14 @@ async def plug_network(monitor: Monitor, bus: Bus, *, mac: str, here: Path, ther
     except BaseException:
         await monitor.execute("netdev_del", {"id": NETDEV})
         raise
+
+
+async def _drop_backend(monitor: Monitor) -> None:
+    """One that is left where the guest let go of the card too late for `unplug_network`."""
+    try:
+        await monitor.execute("netdev_del", {"id": NETDEV})
+    except QemuError as error:
+        log.debug("as a rule there is none: %s", error.message)
 
 
 async def unplug_network(monitor: Monitor) -> None:

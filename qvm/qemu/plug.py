@@ -20,6 +20,9 @@ from qvm.qemu.bus import virtio
 from qvm.qemu.devices import SPARE_PORTS, plug_source
 from qvm.qemu.monitor import Monitor
 
+PLACES = SPARE_PORTS - 1
+"""The last spare port is for a card of the shared network (`netplug`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plugs:
@@ -47,7 +50,7 @@ class Plugs:
         """What a machine should have plugged in and has not, after it was started or has been saved."""
         there = await self.present()
         for folder in folders:
-            if folder.device and folder.device not in there:
+            if folder.device and not folder.parked and folder.device not in there:
                 await self.plug(folder)
 
     async def present(self) -> set[str]:
@@ -69,8 +72,8 @@ def point_link(link: Path, source: Path) -> None:
 def free_plug(folders: Iterable[MountedFolder]) -> tuple[str, str]:
     """Tag and device for one more; UsageError where there is no room."""
     taken = {folder.device for folder in folders}
-    for number in range(SPARE_PORTS):
+    for number in range(PLACES):
         if plug_device(number) not in taken:
             return plug_tag(number), plug_device(number)
-    raise UsageError(f"a running VM takes at most {SPARE_PORTS} more mounts",
+    raise UsageError(f"a running VM takes at most {PLACES} more mounts",
                      hint="mount a folder above them, or restart it: what is mounted at a start does not count")

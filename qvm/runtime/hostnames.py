@@ -51,7 +51,7 @@ done
 _HOSTS = """
 set -e
 keep=$(sed '/^# qvm begin/,/^# qvm end/d' /etc/hosts)
-own=$(sed -n '/^# qvm begin/,/^# qvm end/{/^127\\./p}' /etc/hosts)
+own=$(sed -n '/^# qvm begin/,/^# qvm end/{/^127\\.0\\.1\\.1[[:space:]]/p}' /etc/hosts)
 printf '%s\\n# qvm begin\\n%s\\n%s# qvm end\\n' "$keep" "$own" "$1" >/etc/.hosts.qvm
 chmod 0644 /etc/.hosts.qvm
 mv -f /etc/.hosts.qvm /etc/hosts

@@ -294,6 +294,7 @@ class Supervisor:
         await self.runtime.start(link.channel, self.context)
         await self.services.settle(self.monitor, link.channel)
         self.services.begin(link.channel)
+        await self.follow_changes()
         self.bus.publish("note", text="the guest started anew")
 
     async def _unless_qemu_ends(self, work: Awaitable[T]) -> T:

@@ -290,8 +290,9 @@ async def without_mounts(
                     refuse_users(await channel.find_mount_users(targets))
                     raise InstanceStateError(f"{target} cannot be unmounted: {error.message}",
                                              hint="try again", details=error.details) from error
+        there = await plugs.present() if any(each.device for each in mounts) else set()
         for each in mounts:
-            if each.device:
+            if each.device in there:
                 await plugs.unplug(each)
         yield
     finally:

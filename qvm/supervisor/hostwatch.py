@@ -34,6 +34,14 @@ _BATCH = 500
 """Paths in one message to the agent."""
 
 
+def has_capabilities(path: Path) -> bool:
+    """A chown, which is how the guest shows a change, would take them away (capabilities(7))."""
+    try:
+        return bool(os.getxattr(path, "security.capability", follow_symlinks=False))
+    except (OSError, AttributeError):  # none; a system without them
+        return False
+
+
 class HostWatch:
     def __init__(self, channel: AgentChannel, tell: Callable[[str], None]) -> None:
         """`tell` hears what the user should know."""
@@ -49,9 +57,10 @@ class HostWatch:
         self._holding: asyncio.Task[None] | None = None
 
     async def follow(self, folders: Sequence[MountedFolder]) -> None:
-        """Watch these folders from now on, and no others."""
+        """Watch these folders from now on, and no others. Where they are the same, the agent may be another one."""
         wanted = tuple(each for each in folders if not each.parked)
         if wanted == self._folders:
+            self._hold_again()
             return
         await self._end_observer()
         self._folders = wanted
@@ -62,12 +71,16 @@ class HostWatch:
                 self._tell(f"changes in {each.mount.source} cannot be replayed in the VM: it is mounted read-only")
         # Listing a large tree takes seconds, for which nobody need wait.
         threading.Thread(target=self._observe, args=(wanted,), daemon=True, name="watch").start()
+        await asyncio.wait({self._hold_again()}, timeout=HOLD_PATIENCE)
+        if self._task is None:
+            self._task = asyncio.create_task(self._replay(), name="replay changes")
+
+    def _hold_again(self) -> asyncio.Task[None]:
+        """Have the agent hold what is watched: another agent, after a reboot, holds nothing yet."""
         if self._holding is not None:
             self._holding.cancel()
         self._holding = asyncio.create_task(self._hold(), name="hold watched mounts")
-        await asyncio.wait({self._holding}, timeout=HOLD_PATIENCE)
-        if self._task is None:
-            self._task = asyncio.create_task(self._replay(), name="replay changes")
+        return self._holding
 
     async def _hold(self) -> None:
         try:
@@ -146,7 +159,8 @@ class HostWatch:
             taken = self._changes.take_due(self._loop.time())
             found = await asyncio.to_thread(lambda paths: [(path, state_of(path)) for path in paths], taken)
             gone = [place for path, state in found if state is None for place in self._places(path)]
-            paths = [place for path in self._changes.choose(found) for place in self._places(path)]
+            paths = [place for path in self._changes.choose(found) if not has_capabilities(path)
+                     for place in self._places(path)]
             await self._show(paths, gone)
 
     async def _show(self, paths: Sequence[str], gone: Sequence[str]) -> None:

@@ -126,7 +126,9 @@ class Mounts:
         """A device for it: a parked one of the same folder, else one more."""
         for folder in taken:
             if folder.parked and (folder.mount.source, folder.mount.writable) == (mount.source, mount.writable):
-                return replace(folder, mount=mount, parked=False)
+                found = replace(folder, mount=mount, parked=False)
+                await self._plugs.plug_missing([found])  # the guest may have let go of it meanwhile
+                return found
         tag, device = free_plug(taken)
         folder = MountedFolder(mount, tag, device)
         await self._plugs.plug(folder)
@@ -162,7 +164,7 @@ async def mount_again(channel: AgentChannel, folders: Sequence[MountedFolder]) -
     """After the guest alone has rebooted: it has mounted what its seed says, which may be out of date."""
     for folder in folders:
         if folder.parked:
-            await channel.umount(folder.mount.target)
+            await channel.umount(folder.mount.target, lazy=True)  # whoever uses it already
     await ensure_mounts(channel, folders)
 
 

@@ -107,8 +107,8 @@ class Saves:
         try:
             await self._supervisor.wait_grown()
             machine, network = self._supervisor.machine(), self._supervisor.services.network
-            await network.leave()
             try:
+                await network.leave()
                 yield machine
             finally:
                 await network.rejoin(machine.channel)

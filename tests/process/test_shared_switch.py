@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
@@ -140,3 +141,9 @@ async def test_frames_for_a_machine_that_goes_while_they_wait_are_dropped() -> N
             async with asyncio.timeout(10):
                 assert await send_until_heard()
         assert len(made._ways[3]._waiting) <= MAX_WAITING
+
+
+@in_loop
+async def test_nobody_else_may_write_to_it() -> None:
+    with switch(1):
+        assert stat.S_IMODE(netaddr.switch_socket(1).stat().st_mode) == 0o600

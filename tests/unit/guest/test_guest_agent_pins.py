@@ -74,3 +74,35 @@ def test_showing_a_change_changes_nothing(agent: ModuleType, tree: Path) -> None
 def test_what_is_to_be_unmounted_is_let_go(pins: object, tree: Path) -> None:
     pins.release(str(tree / "deep"))  # type: ignore[attr-defined]
     assert held(pins, tree) == {".", "a", ".git", "node_modules"}
+
+
+def test_an_unmount_ends_who_still_looks_through_the_folder(
+    pins: object, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins.release(str(tree))  # type: ignore[attr-defined]
+    assert held(pins, tree) == set()
+    turns: list[object] = []
+
+    def pin(path: str) -> None:
+        turns.append(path)
+        pins.turns.clear()  # type: ignore[attr-defined]  # as `release` does, from another thread
+
+    monkeypatch.setattr(pins, "pin", pin)
+    pins.fill(str(tree))  # type: ignore[attr-defined]
+    assert len(turns) == 1
+
+
+def test_a_folder_that_has_gone_takes_what_was_below_it_along(pins: object, tree: Path) -> None:
+    (tree / "deep" / "b").unlink()
+    (tree / "deep").rmdir()
+    pins.changed([], [str(tree / "deep")])  # type: ignore[attr-defined]
+    assert held(pins, tree) == {".", "a", ".git", "node_modules"}
+
+
+def test_a_program_is_not_opened_for_writing(agent: ModuleType, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: opened.append(path) or real(path, *rest))
+    (tree / "a").chmod(0o755)
+    assert agent.show(str(tree / "a")) is True and opened == []
+    assert agent.show(str(tree / "deep" / "b")) is True and opened == [str(tree / "deep" / "b")]

@@ -130,6 +130,9 @@ class Plugs:
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
 
+    async def present(self) -> set[str]:
+        return {"rng0", *(each.device for each in MOUNTS if each.device)}
+
     async def unplug(self, folder: MountedFolder) -> None:
         self.calls.append(f"-{folder.device}")
 
