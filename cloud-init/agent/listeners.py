@@ -97,8 +97,8 @@ class Listeners:
         if not self.count_files:
             return None
         first, *rest = [os.pread(file.fileno(), 1024, 0) for file in self.count_files]
-        tcp, udp = first.find(b"TCP:"), first.find(b"UDP:")  # what follows in these lines changes with any traffic
-        return [first[tcp : first.find(b" orphan", tcp)], first[udp : first.find(b" mem", udp)], *rest]
+        tcp, udp = first.find(b"TCP:"), first.find(b"UDP:")  # the memory changes with any traffic
+        return [first[tcp : first.find(b" mem", tcp)], first[udp : first.find(b" mem", udp)], *rest]
 
     def sockets(self, protocol):
         """A dump of the kernel's, or where it makes none the (address, port) pairs."""

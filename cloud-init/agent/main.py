@@ -48,7 +48,10 @@ class Agent:
     def run(self):
         next_tick = 0.0
         while True:
-            more = False
+            more, now = False, time.monotonic()
+            if now >= next_tick:  # before what it has to say is written
+                next_tick = now + TICK
+                self.tick(now)
             for each in (self.channel, self.mux):
                 if each.port.more:
                     each.on_port()
@@ -57,9 +60,6 @@ class Agent:
             self.loop.mute(self.commands.outputs, self.channel.port.full)
             self.loop.mute(self.mux.sockets, self.mux.port.full)
             now = time.monotonic()
-            if now >= next_tick:
-                next_tick = now + TICK
-                self.tick(now)
             self.loop.dispatch(0 if more else max(0.0, min(next_tick - now, 0.01 if self.mux.retry else TICK)))
             self.mux.connect_again()
 

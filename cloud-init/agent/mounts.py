@@ -1,5 +1,6 @@
 """Mounting: the system calls that `os` lacks, the list of mounts, and folders of the host."""
 
+import errno
 import os
 import time
 
@@ -112,5 +113,18 @@ def mount_9p(mount, user):
         sys_mount(tag, target, "9p", flags, options)
     except OSError:  # looking first costs as much as mounting; what is wrong is told by the second try
         wait_for_tag(tag)
-        sys_mount(tag, target, "9p", flags, options)
+        mount_plugged(tag, target, flags, options)
     return True
+
+
+def mount_plugged(tag, target, flags, options):
+    """sysfs shows a tag a moment before the driver has its device in the list that a mount looks through."""
+    end = time.monotonic() + 1.0
+    while True:
+        try:
+            sys_mount(tag, target, "9p", flags, options)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOENT or time.monotonic() > end:
+                raise
+        time.sleep(0.005)

@@ -166,7 +166,7 @@ def test_udp_sockets_are_reported_and_connected_ones_are_not(tmp_path: Path) -> 
     async def work() -> None:
         async with running(tmp_path) as (_, channel):
             reports: list[dict[str, Any]] = []
-            channel.on_event = reports.append
+            channel.on_event = lambda event: reports.append(event) if event["event"] == "listeners" else None
             await channel.watch_listeners()
             bound, connected = udp_socket(), udp_socket()
             connected.connect(bound.getsockname())
